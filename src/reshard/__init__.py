@@ -1,0 +1,37 @@
+"""reshard: the life of a training checkpoint. The public API, imported on first use.
+
+    train(config)      train on this process's share of the ranks
+    seed(config)       write step-0 on one CPU
+    load_config(...)   a TOML file and --section.key values, validated
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reshard.commands.seed import seed
+    from reshard.config import Config, load_config
+    from reshard.errors import ReshardError
+    from reshard.train.loop import train
+
+__all__ = ["Config", "ReshardError", "load_config", "seed", "train"]
+
+_HOMES = {
+    "Config": "reshard.config",
+    "ReshardError": "reshard.errors",
+    "load_config": "reshard.config",
+    "seed": "reshard.commands.seed",
+    "train": "reshard.train.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'reshard' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

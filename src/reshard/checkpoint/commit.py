@@ -1,0 +1,147 @@
+"""When does a directory become a checkpoint? Temporary name, everything on disk, one rename.
+
+    write into step-500.tmp-<save id>/ ... manifest last ... fsync the directory ... rename to step-500 ... fsync the parent
+At every instant the old step-500, if there was one, is whole under its name or can be put back by `recover`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from reshard.checkpoint.layout import all_leftovers, leftovers
+from reshard.checkpoint.manifest import MANIFEST, Manifest, manifest_bytes, read_manifest
+from reshard.errors import CheckpointError, NotACheckpoint
+
+logger = logging.getLogger(__name__)
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def temporary_directory(directory: Path, save_id: str) -> Path:
+    """Make the place that a save of `directory` writes into. Raises OSError."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f"{directory.name}.tmp-{save_id}")
+    temporary.mkdir()
+    return temporary
+
+
+def commit(temporary: Path, directory: Path, manifest: Manifest) -> None:
+    """Write the manifest and move the directory to its name. What stood there before is replaced only now.
+
+    Every other file must be on disk already. Raises OSError.
+    """
+    with open(temporary / MANIFEST, "xb") as file:
+        file.write(manifest_bytes(manifest))
+        file.flush()
+        os.fsync(file.fileno())
+    fsync_directory(temporary)
+    if not directory.exists():
+        os.rename(temporary, directory)
+        fsync_directory(directory.parent)
+        return
+    _set_aside_if_not_ours(directory)
+    if not directory.exists():
+        os.rename(temporary, directory)
+        fsync_directory(directory.parent)
+    elif _exchange(temporary, directory):
+        fsync_directory(directory.parent)
+        shutil.rmtree(temporary)  # now the older one
+    else:
+        old = directory.with_name(f"{directory.name}.old-{manifest.save_id}")
+        os.rename(directory, old)
+        os.rename(temporary, directory)
+        fsync_directory(directory.parent)
+        shutil.rmtree(old)
+
+
+def _set_aside_if_not_ours(directory: Path) -> None:
+    """Something torn or foreign has our name: move it aside, it is not ours to delete."""
+    try:
+        read_manifest(directory)
+    except CheckpointError as error:
+        aside = free_name(directory, "damaged")
+        os.rename(directory, aside)
+        logger.warning("moved %s to %s to make room: %s", directory, aside.name, error.message)
+
+
+def free_name(directory: Path, suffix: str) -> Path:
+    """`step-5.damaged`, or `step-5.damaged-2` where that is taken."""
+    name, count = directory.with_name(f"{directory.name}.{suffix}"), 1
+    while name.exists():
+        count += 1
+        name = directory.with_name(f"{directory.name}.{suffix}-{count}")
+    return name
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step, where kernel, libc and file system can (Linux renameat2). False: they cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def recover(folder: Path) -> list[str]:
+    """Finish or undo what died in a folder; call it only while owning the folder. Returns what was done, for the log.
+
+    A temporary directory was never a checkpoint and goes, unless it is the new half of an interrupted exchange. Of an
+    exchange in two renames the old half is kept or put back until the new one is whole.
+    """
+    done = []
+    for path in all_leftovers(folder):
+        if ".old-" in path.name:
+            done.append(_finish_exchange(path))
+    for path in all_leftovers(folder):
+        shutil.rmtree(path)
+        done.append(f"removed {path.name}, a save that did not finish")
+    return done
+
+
+def _finish_exchange(old: Path) -> str:
+    name, _, save_id = old.name.rpartition(".old-")
+    directory = old.with_name(name)
+    temporary = directory.with_name(f"{name}.tmp-{save_id}")
+    if directory.exists():
+        shutil.rmtree(old)
+        return f"removed {old.name}, replaced by a newer save of the same step"
+    try:
+        read_manifest(temporary)
+        os.rename(temporary, directory)
+        fsync_directory(directory.parent)
+        shutil.rmtree(old)
+        return f"finished the save of {name}, which was interrupted while it replaced an older one"
+    except NotACheckpoint:
+        pass
+    except CheckpointError as error:
+        logger.warning("%s", error.message)
+    os.rename(old, directory)
+    fsync_directory(directory.parent)
+    return f"put {name} back, its replacement did not finish"
+
+
+def remove_temporary(directory: Path) -> None:
+    """Remove what a failed save of `directory` has left; never what is committed."""
+    for path in leftovers(directory):
+        if ".tmp-" in path.name:
+            shutil.rmtree(path, ignore_errors=True)

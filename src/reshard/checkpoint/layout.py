@@ -1,0 +1,98 @@
+"""What lies in a checkpoint folder? Names and their meaning; nothing is opened but manifests. Imports no torch.
+
+    step-500                    a checkpoint, if its manifest agrees with its files
+    step-500.tmp-<save id>      a save in progress, or one that died
+    step-500.old-<save id>      the older step-500, between the two renames of an exchange
+    step-500.damaged            set aside after damage was proven; never deleted by us
+Everything else is not ours and is never touched.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from reshard.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from reshard.errors import CheckpointError, StorageError
+
+METADATA = ".metadata"
+_STEP = re.compile(r"^step-(\d+)$")
+_TEMPORARY = re.compile(r"^(?P<target>.+)\.tmp-[0-9a-f]{16}$")
+_OLD = re.compile(r"^(?P<target>.+)\.old-[0-9a-f]{16}$")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One step-N directory: committed, or why it is not."""
+
+    path: Path
+    step: int
+    manifest: Manifest | None
+    problem: CheckpointError | None = None
+
+    @property
+    def committed(self) -> bool:
+        """Has a manifest that agrees with the files' names and sizes."""
+        return self.manifest is not None
+
+
+def step_directory(folder: Path, step: int) -> Path:
+    """Where does step N lie?"""
+    return folder / f"step-{step}"
+
+
+def step_of(path: Path) -> int | None:
+    """The number of a step-N directory; None for any other name (`old-step-9`, `step-9-keep`, `step-9.damaged`)."""
+    match = _STEP.match(path.name)
+    return int(match[1]) if match else None
+
+
+def entries(folder: Path) -> list[Entry]:
+    """All step-N directories of a folder, oldest save first. An absent folder has none.
+
+    Committed ones are ordered by lineage (the save's sequence number), torn ones come first by step.
+    """
+    found = []
+    try:
+        paths = sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        raise StorageError(f"checkpoint folder `{folder}` is a file, expected a directory", path=folder) from None
+    except OSError as error:
+        raise StorageError(f"checkpoint folder `{folder}` cannot be read: {error}", path=folder) from None
+    for path in paths:
+        step = step_of(path)
+        if step is None or not path.is_dir():
+            continue
+        try:
+            found.append(Entry(path, step, read_manifest(path)))
+        except StorageError:
+            raise
+        except CheckpointError as error:
+            found.append(Entry(path, step, None, error))
+    return sorted(found, key=lambda e: (e.manifest.sequence if e.manifest else -1, e.step))
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Temporary and replaced directories that saves of `directory` have left beside it."""
+    found = []
+    for path in sorted(directory.parent.glob(f"{directory.name}.*")):
+        match = _TEMPORARY.match(path.name) or _OLD.match(path.name)
+        if match and match["target"] == directory.name and path.is_dir():
+            found.append(path)
+    return found
+
+
+def all_leftovers(folder: Path) -> list[Path]:
+    """Temporary and replaced directories of any step in a folder."""
+    if not folder.is_dir():
+        return []
+    matches = [(path, _TEMPORARY.match(path.name) or _OLD.match(path.name)) for path in sorted(folder.iterdir())]
+    return [path for path, match in matches if match and _STEP.match(match["target"]) and path.is_dir()]
+
+
+def is_foreign(directory: Path) -> bool:
+    """A DCP directory of somebody else: .metadata, but no manifest of ours."""
+    return (directory / METADATA).is_file() and not (directory / MANIFEST).exists()

@@ -1,0 +1,161 @@
+"""Which checkpoint does a run start from, and how does it get into the ranks' tensors?
+
+Rank 0 decides and the others follow; the rules are in `choose`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from reshard.checkpoint.layout import Entry, entries, is_foreign, step_directory
+from reshard.checkpoint.manifest import Manifest, read_manifest
+from reshard.checkpoint.metadata import read_metadata
+from reshard.checkpoint.ranks import Ranks
+from reshard.checkpoint.reader import check_names, read_tensors
+from reshard.errors import IntegrityError, NotACheckpoint, TensorMismatch, TornCheckpoint, listed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    directory None: from nothing. `resume`: model, optimizer and position; otherwise the weights only, at step 0.
+    finished: the run has already reached its last step.
+    """
+
+    directory: Path | None = None
+    manifest: Manifest | None = None
+    resume: bool = False
+    finished: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def choose(folder: Path, *, load_step: int, steps: int, initial_load_path: str | None) -> Start:
+    """Decide what to load. Only looks; raises CheckpointErrors with a hint, and never falls back to a fresh start.
+
+    * an empty folder: `initial_load_path`, or nothing
+    * load_step -1: the newest save. A weights-only last step is not resumable: then the newest full one, and it is said
+    * load_step N: that step, which must be there and whole. It applies once: where a run that was started from it has
+      saved later steps, the newest of those
+    * step-0: the weights only
+    """
+    found = entries(folder)
+    committed = [e for e in found if e.committed]
+    notes = tuple(f"ignored {e.path.name}: {e.problem.message}" for e in found if e.problem is not None)
+    if load_step >= 0:
+        return _named(folder, found, load_step, steps, notes)
+    if not committed:
+        seed = step_directory(folder, 0)
+        if is_foreign(seed):
+            return Start(seed, None, notes=(f"{seed} is a DCP checkpoint of another program: taking its weights",))
+        if found and initial_load_path is None:
+            raise TornCheckpoint(
+                f"checkpoint folder `{folder}` holds {listed(e.path.name for e in found)}, but no whole checkpoint",
+                path=folder,
+                hint="move them away to start afresh, or give --checkpoint.initial_load_path to start from their weights",
+            )
+        if initial_load_path is not None:
+            return _initial(Path(initial_load_path), notes)
+        return Start(notes=notes)
+    newest = committed[-1]
+    assert newest.manifest is not None
+    if newest.step >= steps and newest.step > 0:
+        return Start(newest.path, newest.manifest, finished=True, notes=notes)
+    if newest.manifest.kind == "model" and newest.step > 0:
+        full = [e for e in committed if e.manifest is not None and e.manifest.kind == "full"]
+        if not full:
+            raise NotACheckpoint(
+                f"the newest checkpoint `{newest.path}` holds weights only, and there is no full one to resume from",
+                path=newest.path,
+                hint=f"start a new run from its weights: --checkpoint.folder NEW --checkpoint.initial_load_path {newest.path}",
+            )
+        note = f"{newest.path.name} holds weights only; resuming from {full[-1].path.name}, the newest full checkpoint"
+        return _start_of(full[-1], (*notes, note))
+    return _start_of(newest, notes)
+
+
+def _start_of(entry: Entry, notes: tuple[str, ...]) -> Start:
+    assert entry.manifest is not None
+    return Start(entry.path, entry.manifest, resume=entry.step > 0, notes=notes)
+
+
+def _named(folder: Path, found: list[Entry], load_step: int, steps: int, notes: tuple[str, ...]) -> Start:
+    directory = step_directory(folder, load_step)
+    entry = next((e for e in found if e.path == directory), None)
+    if entry is None:
+        there = [str(e.step) for e in found if e.committed]
+        raise NotACheckpoint(
+            f"checkpoint.load_step is {load_step}, but `{directory}` does not exist",
+            path=directory,
+            hint=f"`{folder}` has steps {listed(there)}" if there else f"`{folder}` holds no checkpoint",
+        )
+    if is_foreign(directory) and load_step == 0:
+        return Start(directory, None, notes=(f"{directory} is a DCP checkpoint of another program: taking its weights",))
+    if entry.manifest is None:
+        assert entry.problem is not None
+        whole = [str(e.step) for e in found if e.committed]
+        entry.problem.hint = f"whole steps: {listed(whole)}; choose one with --checkpoint.load_step" if whole else None
+        raise entry.problem
+    later = [
+        e
+        for e in found
+        if e.manifest is not None
+        and e.manifest.source.get("load_step") == load_step
+        and e.manifest.source.get("load_save_id") == entry.manifest.save_id
+    ]
+    if later:
+        newest = later[-1]
+        assert newest.manifest is not None
+        note = f"load_step {load_step} was applied before: going on from {newest.path.name}, which came of it"
+        if newest.step >= steps:
+            return Start(newest.path, newest.manifest, finished=True, notes=(*notes, note))
+        full = [e for e in later if e.manifest is not None and e.manifest.kind == "full"]
+        return _start_of(full[-1] if full else entry, (*notes, note))
+    if entry.manifest.kind == "model" and load_step > 0:
+        raise NotACheckpoint(
+            f"checkpoint.load_step {load_step} holds weights only, it cannot be resumed",
+            path=directory,
+            hint=f"start a new run from its weights: --checkpoint.folder NEW --checkpoint.initial_load_path {directory}",
+        )
+    return _start_of(entry, notes)
+
+
+def _initial(path: Path, notes: tuple[str, ...]) -> Start:
+    if is_foreign(path):
+        return Start(path, None, notes=(*notes, f"{path} is a DCP checkpoint of another program: taking its weights"))
+    return Start(path, read_manifest(path), notes=notes)
+
+
+def load(directory: Path, state: Mapping[str, Tensor], ranks: Ranks, *, cast: bool = False) -> int:
+    """Fill tensors from a checkpoint, by stored name. Collective; all ranks succeed or all raise.
+
+    Names, shapes and dtypes are compared before a byte is read. Returns this rank's bytes read.
+    Raises: TensorMismatch, IntegrityError, StorageError.
+    """
+
+    def read() -> int:
+        metadata = read_metadata(directory)
+        check_names(directory, metadata, state, cast=cast)
+        return read_tensors(directory, metadata, state, cast=cast)
+
+    return ranks.everywhere(read)[ranks.rank]
+
+
+def stored_names(directory: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Every stored tensor's shape and dtype name, from the DCP index."""
+    from reshard.checkpoint.state import dtype_name
+
+    return {
+        name: (tuple(t.size), dtype_name(t.properties.dtype))
+        for name, t in read_metadata(directory).state_dict_metadata.items()
+        if hasattr(t, "size")
+    }
+
+

@@ -1,0 +1,108 @@
+"""What does DCP's own index say? Reading and writing `.metadata`, without running what is in it.
+
+`.metadata` is a pickle of torch.distributed.checkpoint.metadata.Metadata. Plain torch unpickles it, and with it
+whatever an attacker put there; we know the names that a real one can contain and refuse all others.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # private: the on-disk record; torch 2.13.0
+from torch.serialization import _get_layout  # private: how a pickle names a layout; torch 2.13.0
+
+from reshard.checkpoint.layout import METADATA
+from reshard.checkpoint.manifest import TensorEntry
+from reshard.checkpoint.state import dtype_from_name
+from reshard.checkpoint.writer import Stored
+from reshard.errors import IntegrityError, NotACheckpoint, StorageError
+from reshard.safe_pickle import loads
+
+
+def _allowed() -> dict[tuple[str, str], Any]:
+    names: dict[tuple[str, str], Any] = {
+        ("torch", "Size"): torch.Size,
+        ("torch.serialization", "_get_layout"): _get_layout,
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+        ("collections", "OrderedDict"): dict,
+        ("collections", "defaultdict"): dict,
+        # Only kept as text: a path in a pickle must never be opened.
+        ("pathlib", "PosixPath"): PurePosixPath,
+        ("pathlib", "PurePosixPath"): PurePosixPath,
+        ("pathlib._local", "PosixPath"): PurePosixPath,
+    }
+    for cls in (
+        "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "BytesStorageMetadata",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    ):  # fmt: skip
+        names["torch.distributed.checkpoint.metadata", cls] = getattr(dcp, cls)
+    for name in dir(torch):
+        if isinstance(getattr(torch, name), torch.dtype):
+            names["torch", name] = getattr(torch, name)
+    return names
+
+
+def read_metadata(directory: Path) -> dcp.Metadata:
+    """The DCP index of a checkpoint directory, checked for what we rely on.
+
+    Raises: NotACheckpoint, IntegrityError (not such a pickle, or it points outside), StorageError; FormatError
+    from the unpickler where the file names anything that an index has no use for.
+    """
+    path = directory / METADATA
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise NotACheckpoint(f"`{directory}` has no {METADATA}, expected a DCP checkpoint", path=directory) from None
+    except OSError as error:
+        raise StorageError(f"`{path}` cannot be read: {error}", path=directory) from None
+    found = loads(content, allowed=_allowed())
+    if not isinstance(found, dcp.Metadata) or not isinstance(found.storage_data, dict):
+        raise IntegrityError(f"`{path}` is not a DCP index", path=directory, files=[METADATA])
+    for index, info in found.storage_data.items():
+        name = PurePosixPath(info.relative_path)
+        if name.is_absolute() or ".." in name.parts:
+            raise IntegrityError(
+                f"`{path}` puts {index.fqn} into `{name}`, outside of the directory", path=directory, files=[METADATA]
+            )
+    return found
+
+
+def write_metadata(
+    directory: Path,
+    tensors: Mapping[str, TensorEntry],
+    paths: Mapping[str, tuple[str, ...]],
+    stored: list[Stored],
+) -> bytes:
+    """Write the DCP index for what the writers left; flushed and fsynced. Returns its bytes.
+
+    paths: name -> its path in the nested state, which dcp_to_torch rebuilds.
+    """
+    chunks: dict[str, list[dcp.ChunkStorageMetadata]] = {fqn: [] for fqn in tensors}
+    storage: dict[dcp.MetadataIndex, Any] = {}
+    for item in sorted(stored, key=lambda s: (s.fqn, s.box.offsets)):
+        offsets = torch.Size(item.box.offsets)
+        index = dcp.MetadataIndex(item.fqn, offsets, len(chunks[item.fqn]))
+        chunks[item.fqn].append(dcp.ChunkStorageMetadata(offsets, torch.Size(item.box.sizes)))
+        storage[index] = _StorageInfo(relative_path=item.file, offset=item.offset, length=item.length)
+    described: dict[str, Any] = {
+        fqn: dcp.TensorStorageMetadata(
+            properties=dcp.TensorProperties(dtype=dtype_from_name(entry.dtype)),
+            size=torch.Size(entry.shape),
+            chunks=chunks[fqn],
+        )
+        for fqn, entry in tensors.items()
+    }
+    content = pickle.dumps(
+        dcp.Metadata(state_dict_metadata=described, planner_data=dict(paths), storage_data=storage), protocol=4
+    )
+    with open(directory / METADATA, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return content

@@ -1,0 +1,147 @@
+"""What is saved? Named tensors, and the box that each rank holds of them.
+
+Nothing here knows what a model is: a state is two levels of names over tensors, {"model": {fqn: tensor}}, or one
+level for weights-only checkpoints. A plain tensor is taken to be the same on every rank that has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+State = Mapping[str, "Tensor | Mapping[str, Tensor]"]
+
+PIECE_BYTES = 64 << 20  # a stored chunk is at most about this large, so that no reader ever needs a whole matrix
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of a tensor: where it begins and how far it reaches, per tensor dim."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def volume(self) -> int:
+        """Numbers in the box; 1 for a scalar."""
+        return prod(self.sizes)
+
+    def within(self, shape: tuple[int, ...]) -> bool:
+        """Does it lie inside of a tensor of this shape?"""
+        return len(shape) == len(self.offsets) == len(self.sizes) and all(
+            0 <= o and 0 <= s and o + s <= n for o, s, n in zip(self.offsets, self.sizes, shape, strict=True)
+        )
+
+    def overlap(self, other: Box) -> Box | None:
+        """The common part of two boxes of one tensor; None where they do not meet."""
+        starts = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
+        ends = tuple(
+            min(a + s, b + t) for a, s, b, t in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        )
+        sizes = tuple(e - s for s, e in zip(starts, ends, strict=True))
+        return Box(starts, sizes) if all(size > 0 for size in sizes) else None
+
+    def slices_in(self, outer: Box) -> tuple[slice, ...]:
+        """Index of this box within a tensor that holds `outer`."""
+        return tuple(
+            slice(o - base, o - base + s) for o, s, base in zip(self.offsets, self.sizes, outer.offsets, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One chunk of one tensor, on its way to a file.
+
+    read: called once, when its turn to be written has come; gives a CPU tensor of `sizes` and `dtype`.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: str
+    read: Callable[[], Tensor]
+
+    @property
+    def box(self) -> Box:
+        """Where the chunk lies in its tensor."""
+        return Box(self.offsets, self.sizes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return self.box.volume * dtype_from_name(self.dtype).itemsize
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    """"bfloat16" -> torch.bfloat16."""
+    dtype = getattr(torch, name, None)
+    assert isinstance(dtype, torch.dtype), name
+    return dtype
+
+
+def flatten(state: State) -> dict[str, tuple[tuple[str, ...], Tensor]]:
+    """Name -> (path, tensor): {"model": {"a.b": t}} gives {"model.a.b": (("model", "a.b"), t)}."""
+    flat: dict[str, tuple[tuple[str, ...], Tensor]] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            flat[key] = ((key,), value)
+        else:
+            flat.update({f"{key}.{name}": ((key, name), tensor) for name, tensor in value.items()})
+    return flat
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
+    """This rank's numbers and the box that they fill; an empty shard has an empty box."""
+    if isinstance(tensor, DTensor):
+        # DCP's own protocol method of DTensor, not a public name; tested on torch 2.13.0.
+        chunks = tensor.__create_chunk_list__()
+        box = Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes)) if chunks else Box((0,) * tensor.ndim, (0,) * tensor.ndim)
+        return tensor.to_local().detach(), box
+    return tensor.detach(), Box((0,) * tensor.ndim, tuple(tensor.shape))
+
+
+def pieces_of(fqn: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[Piece]:
+    """This rank's part of a tensor, cut along its first dim into chunks of at most PIECE_BYTES.
+
+    dtype: cast to it on the way out; None keeps the tensor's own.
+    """
+    local, box = local_part(tensor)
+    stored = dtype or tensor.dtype
+    if box.volume == 0:
+        return
+    for cut in row_cuts(box, stored.itemsize):
+        yield Piece(
+            fqn=fqn,
+            shape=tuple(tensor.shape),
+            offsets=cut.offsets,
+            sizes=cut.sizes,
+            dtype=dtype_name(stored),
+            read=_reader_of(local[cut.slices_in(box)] if tensor.ndim else local, stored),
+        )
+
+
+def _reader_of(part: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: part.to(device="cpu", dtype=dtype)
+
+
+def row_cuts(box: Box, itemsize: int) -> Iterator[Box]:
+    """Cut a box along its first dim into boxes of at most PIECE_BYTES (a single row may be larger)."""
+    if not box.sizes:
+        yield box
+        return
+    row_bytes = max(1, prod(box.sizes[1:]) * itemsize)
+    rows = max(1, PIECE_BYTES // row_bytes)
+    first, end = box.offsets[0], box.offsets[0] + box.sizes[0]
+    for start in range(first, end, rows):
+        yield Box((start, *box.offsets[1:]), (min(rows, end - start), *box.sizes[1:]))

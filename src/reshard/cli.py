@@ -1,0 +1,234 @@
+"""What did the user type? Parses, dispatches, sets the exit code. Imports no torch until a verb needs it.
+
+Exit codes: 0 yes or done, 1 a checked "no", 2 cannot (bad input, with a sentence and a hint on stderr).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from reshard.config import Config, config_to_toml, load_config, sections
+from reshard.errors import ReshardError
+
+logger = logging.getLogger("reshard")
+
+# Verbs that take config keys: what click does not know is passed on as it was typed.
+_KEYS = {"ignore_unknown_options": True, "allow_interspersed_args": True}
+_ARGUMENTS = click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG.toml] [--section.key value]...")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="reshard", message="%(package)s %(version)s")
+def cli() -> None:
+    """Train Llama-family models and look after their checkpoints for the whole of a run."""
+
+
+@cli.command(context_settings=_KEYS)
+@_ARGUMENTS
+def train(arguments: Sequence[str]) -> None:
+    """Train; alone, or on every rank under torchrun.
+
+    Resumes by itself from the newest checkpoint in the folder, on whatever layout this is. `reshard config --keys`
+    lists all keys.
+    """
+    config = _config(arguments)
+    if config.checkpoint.create_seed_checkpoint:
+        _seed(config)
+        return
+    from reshard.commands.check import check
+    from reshard.parallel.world import place_from_environment
+
+    place = place_from_environment()
+    _show_rank(place.rank, place.world_size)
+    check(config, place.world_size)
+    from reshard.train.loop import train as run
+
+    run(config)
+
+
+@cli.command(context_settings=_KEYS)
+@_ARGUMENTS
+def seed(arguments: Sequence[str]) -> None:
+    """Make step-0 on one CPU: the first weights, loadable on any layout."""
+    _seed(_config(arguments))
+
+
+def _seed(config: Config) -> None:
+    from reshard.commands.seed import seed as run
+
+    click.echo(run(config))
+
+
+@cli.command(context_settings=_KEYS)
+@_ARGUMENTS
+@_JSON
+def tokenize(arguments: Sequence[str], as_json: bool) -> None:
+    """Tokenise the config's dataset ahead of the training."""
+    config = _config(arguments)
+    from reshard.commands.tokenize import run
+
+    report = run(config)
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        for key, value in report.items():
+            click.echo(f"{key:22} {value}")
+
+
+@cli.command(context_settings=_KEYS)
+@_ARGUMENTS
+@click.option("--keys", is_flag=True, help="List every key with its type, default and meaning, and torchtitan's spellings.")
+@click.option("--check", "checking", is_flag=True, help="Refuse what `train` would refuse, print nothing else.")
+@click.option("--world-size", type=click.IntRange(min=1), help="Ranks to check for (default: NGPU or WORLD_SIZE, else 1).")
+def config(arguments: Sequence[str], keys: bool, checking: bool, world_size: int | None) -> None:
+    """Print the resolved config as TOML, check it, or list the keys."""
+    if keys:
+        _print_keys()
+        return
+    resolved = _config(arguments)
+    if checking:
+        from reshard.commands.check import check
+
+        check(resolved, world_size or int(os.environ.get("WORLD_SIZE") or os.environ.get("NGPU") or 1))
+    else:
+        click.echo(config_to_toml(resolved), nl=False)
+
+
+@cli.command("eval")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--data", help="Text to measure on: `stdlib`, a file or folder, or a dataset's name. Default: what it was trained on, held-out part.")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Config that says model and tokenizer, where PATH does not.")
+@click.option("--model", "flavor", help="Flavor of a bare .pt, e.g. debugmodel or 8B.")
+@click.option("--tokenizer", help="Tokenizer, as in model.tokenizer_path.")
+@click.option("--seq-len", type=click.IntRange(min=1), help="Tokens per sequence. Default: the training's.")
+@click.option("--sequences", type=click.IntRange(min=1), default=64, show_default=True, help="Sequences to measure on.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences at once.")
+@_JSON
+def evaluate(
+    path: Path,
+    data: str | None,
+    config_path: Path | None,
+    flavor: str | None,
+    tokenizer: str | None,
+    seq_len: int | None,
+    sequences: int,
+    batch_size: int,
+    as_json: bool,
+) -> None:
+    """Loss of a checkpoint (a DCP directory or a .pt) on held-out text, in nats per token."""
+    from reshard.commands.evaluate import run
+
+    report = run(
+        path, data=data, config_path=config_path, flavor=flavor, tokenizer=tokenizer, seq_len=seq_len,
+        sequences=sequences, batch_size=batch_size,
+    )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        click.echo(
+            f"held-out loss: {report['loss']:.4f} nats/token on {report['tokens']:,} tokens of {report['data']} "
+            f"(unigram entropy {report['unigram_entropy']:.4f})"
+        )
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "float64"]), help="Cast on the way.")
+def convert(source: Path, target: Path, dtype: str | None) -> None:
+    """Bring weights in: a Meta directory (params.json, consolidated.NN.pth) becomes a committed DCP checkpoint."""
+    from reshard.commands.convert import run
+
+    click.echo(run(source, target, dtype=dtype))
+
+
+def _config(arguments: Sequence[str]) -> Config:
+    """The config that a verb's words describe; warnings go to the log."""
+    words = list(arguments)
+    path = words.pop(0) if words and not words[0].startswith("-") else None
+    resolved, warnings = load_config(path, words)
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return resolved
+
+
+def _print_keys() -> None:
+    from reshard import compat
+
+    for section, cls in sections().items():
+        click.echo(f"[{section}]  # {(cls.__doc__ or '').strip()}")
+        for key, field in cls.model_fields.items():
+            kind = str(field.annotation).replace("typing.", "") if "[" in str(field.annotation) else None
+            kind = kind or getattr(field.annotation, "__name__", str(field.annotation))
+            click.echo(f"{key} = {json.dumps(field.default)}  # {kind}: {field.description}")
+        click.echo()
+    click.echo("# torchtitan's other keys")
+    for key, meaning, reason in compat.rows():
+        click.echo(f"# {key}: {meaning}{'; otherwise refused: ' + reason if reason else ''}")
+
+
+def _set_up_logging(plain: bool) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    logging.captureWarnings(True)
+    handler: logging.Handler
+    if sys.stderr.isatty() and not plain and "NO_COLOR" not in os.environ:
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S", highlighter=None)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def _show_rank(rank: int, world_size: int) -> None:
+    """With several ranks, say in each line which one speaks."""
+    if world_size > 1:
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setFormatter(logging.Formatter(f"%(asctime)s [{rank}] %(message)s", "%H:%M:%S"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 2 with one sentence and a hint for every ReshardError, no traceback."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    _set_up_logging(plain=any("disable_color_printing" in word for word in words))
+    if words and words[0].startswith(("--job.config", "--job.config-file")):
+        words.insert(0, "train")  # the specification's script passes no verb
+    try:
+        cli(words, standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
+    except ReshardError as error:
+        _fail(error)
+
+
+def _fail(error: ReshardError) -> None:
+    """Say it once: rank 0 for what all ranks know, the rank itself for what only it knows."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or error.rank_local:
+        click.echo(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", err=True)
+    else:
+        # torchrun ends all ranks when the first one exits: leave rank 0 the time to speak.
+        time.sleep(3)
+    sys.exit(2)
+
+

@@ -1,0 +1,24 @@
+"""Would this config run? Everything that can be refused before a rank is started, without torch."""
+
+from __future__ import annotations
+
+from reshard.config import Config
+from reshard.model.build import spec_of
+from reshard.parallel.dims import check_batch, check_fit, resolve_layout
+from reshard.text.sources import open_source
+from reshard.text.tokenizers import check_vocabulary, load_tokenizer
+
+
+def check(config: Config, world_size: int) -> None:
+    """Refuse what `train` on this many ranks would refuse. Raises ConfigError, LayoutError or DataError."""
+    layout = resolve_layout(config, world_size)
+    spec = spec_of(config)
+    check_fit(layout, spec, config)
+    if config.training.global_batch_size > 0:
+        check_batch(layout, config, config.training.global_batch_size)
+    open_source(config.training)
+    if config.model.tokenizer_path != "bpe":  # a trained one fits by construction
+        tokenizer = load_tokenizer(
+            config.model.tokenizer_path, vocab_size=spec.vocab_size, cache_folder=config.token_folder
+        )
+        check_vocabulary(tokenizer, spec.vocab_size)

@@ -1,0 +1,71 @@
+"""How does a run get its first weights on one CPU? `reshard seed`: step-0, weights only, for any layout."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from reshard.checkpoint.layout import step_directory
+from reshard.checkpoint.lock import own_folder
+from reshard.checkpoint.ranks import Ranks
+from reshard.checkpoint.save import refuse_existing, save_weights
+from reshard.checkpoint.state import Box, Piece, dtype_from_name, row_cuts
+from reshard.config import Config
+from reshard.errors import LayoutError
+from reshard.model.build import spec_of
+from reshard.model.init import initial_rows
+from reshard.model.spec import LlamaSpec, parameter_shapes
+from reshard.parallel.dims import resolve_layout
+from reshard.parallel.world import place_from_environment
+
+logger = logging.getLogger(__name__)
+
+
+def seed(config: Config) -> Path:
+    """Write <dump_folder>/<folder>/step-0 with the weights that training itself would start from. Returns its path.
+
+    One process: more are refused. Memory: one chunk of one tensor. Weights are in training.dtype; export_dtype and
+    model_weights_only do not apply. Raises LayoutError, NotACheckpoint where step-0 exists, StorageError.
+    """
+    place = place_from_environment()
+    if place.world_size != 1:
+        raise LayoutError(
+            f"a seed checkpoint is made by one process, but {place.world_size} were started", hint="NGPU=1, or `reshard seed`"
+        )
+    resolve_layout(config, 1)  # refuses degrees above 1
+    spec = spec_of(config)
+    directory = step_directory(config.checkpoint_folder, 0)
+    with own_folder(config.checkpoint_folder, Ranks()):
+        refuse_existing(directory)
+        manifest = save_weights(
+            directory,
+            seed_pieces(spec, config.training.rng_seed, config.training.dtype),
+            step=0,
+            source={"kind": "seed", "rng_seed": config.training.rng_seed},
+            config=config.model_dump(),
+            spec=spec,
+        )
+    logger.info("seed checkpoint %s: %d tensors, %.1f MB", directory, len(manifest.tensors), manifest.bytes / 1e6)
+    return directory
+
+
+def seed_pieces(spec: LlamaSpec, rng_seed: int, dtype: str) -> Iterator[Piece]:
+    """First values of every parameter, chunk by chunk; a tied model's output is the embedding again."""
+    shapes = parameter_shapes(spec)
+    names = {name: name for name in shapes}
+    if spec.tied:
+        names["output.weight"] = "tok_embeddings.weight"
+    for name, origin in names.items():
+        shape = shapes[origin]
+        for cut in row_cuts(Box((0,) * len(shape), shape), dtype_from_name(dtype).itemsize):
+            yield Piece(
+                fqn=name,
+                shape=shape,
+                offsets=cut.offsets,
+                sizes=cut.sizes,
+                dtype=dtype,
+                read=lambda origin=origin, cut=cut: initial_rows(
+                    spec, rng_seed, origin, cut.offsets[0], cut.offsets[0] + cut.sizes[0]
+                ).to(dtype_from_name(dtype)),
+            )

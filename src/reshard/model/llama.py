@@ -1,0 +1,157 @@
+"""What does a Llama compute? Llama 3 in plain PyTorch, with Meta's parameter names.
+
+Shape suffixes: B batch, S sequence, D dim, H query heads, K key/value heads, E head_dim, F ffn_dim, V vocab_size.
+
+Nothing here knows of ranks. Under tensor parallel the projections hand out local tensors, so heads are counted
+from the tensor at hand (`-1`), never from the spec. There are no persistent buffers: a checkpoint holds parameters only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from reshard.model.rope import rope_table, rotate
+from reshard.model.spec import LlamaSpec
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def upcast(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for norms, RoPE and loss: float32, or float64 where the model is float64. Never down."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the quotient in at least float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        normed = F.rms_norm(x_BSD.to(upcast(x_BSD.dtype)), (x_BSD.shape[-1],), None, self.eps)
+        return normed.to(x_BSD.dtype) * self.weight
+
+
+def causal_attention(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> Tensor:
+    """Softmax attention to the past: (B, H, S, E). Several query heads share one key/value head."""
+    return F.scaled_dot_product_attention(
+        q_BHSE, k_BKSE, v_BKSE, is_causal=True, enable_gqa=q_BHSE.shape[1] != k_BKSE.shape[1]
+    )
+
+
+class Attention(nn.Module):
+    """Grouped-query attention. `attend` is replaced where ranks share a sequence."""
+
+    def __init__(self, spec: LlamaSpec) -> None:
+        super().__init__()
+        self.head_dim = spec.head_dim
+        self.wq = nn.Linear(spec.dim, spec.n_heads * spec.head_dim, bias=False)
+        self.wk = nn.Linear(spec.dim, spec.n_kv_heads * spec.head_dim, bias=False)
+        self.wv = nn.Linear(spec.dim, spec.n_kv_heads * spec.head_dim, bias=False)
+        self.wo = nn.Linear(spec.n_heads * spec.head_dim, spec.dim, bias=False)
+        self.attend: Attend = causal_attention
+
+    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q_BSHE = self.wq(x_BSD).unflatten(-1, (-1, self.head_dim))
+        k_BSKE = self.wk(x_BSD).unflatten(-1, (-1, self.head_dim))
+        v_BSKE = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
+        q_BSHE, k_BSKE = rotate(q_BSHE, cos, sin), rotate(k_BSKE, cos, sin)
+        out_BHSE = self.attend(q_BSHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2))
+        return cast(Tensor, self.wo(out_BHSE.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, spec: LlamaSpec) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(spec.dim, spec.ffn_dim, bias=False)
+        self.w2 = nn.Linear(spec.ffn_dim, spec.dim, bias=False)
+        self.w3 = nn.Linear(spec.dim, spec.ffn_dim, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return cast(Tensor, self.w2(F.silu(self.w1(x_BSD)) * self.w3(x_BSD)))
+
+
+class Block(nn.Module):
+    """One transformer layer. With `recompute` set, backward runs its forward again instead of keeping it."""
+
+    def __init__(self, spec: LlamaSpec) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(spec.dim, spec.norm_eps)
+        self.attention = Attention(spec)
+        self.ffn_norm = RMSNorm(spec.dim, spec.norm_eps)
+        self.feed_forward = FeedForward(spec)
+        # None: keep all activations. Otherwise the keyword arguments of torch.utils.checkpoint.checkpoint.
+        # Inside the block rather than around it, so that parameter names stay Meta's.
+        self.recompute: dict[str, Any] | None = None
+
+    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.recompute is None or not torch.is_grad_enabled():
+            return self.compute(x_BSD, cos, sin)
+        return cast(Tensor, checkpoint(self.compute, x_BSD, cos, sin, use_reentrant=False, **self.recompute))
+
+    def compute(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The layer itself: both residual branches."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin)
+        return x_BSD + self.feed_forward(self.ffn_norm(x_BSD))
+
+
+class TiedOutput(nn.Module):
+    """The output projection of a tied model: a module without parameters, so that the embedding exists once."""
+
+    def forward(self, x_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+        return F.linear(x_BSD, weight_VD)
+
+
+class Llama(nn.Module):
+    """Tokens to logits.
+
+    Build it under `torch.device("meta")`, shard it, `to_empty`, then `init_rope` and fill the parameters
+    (model/init.py or a checkpoint): no rank ever holds more than its part.
+    """
+
+    def __init__(self, spec: LlamaSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.tok_embeddings = nn.Embedding(spec.vocab_size, spec.dim)
+        self.layers = nn.ModuleDict({str(i): Block(spec) for i in range(spec.n_layers)})
+        self.norm = RMSNorm(spec.dim, spec.norm_eps)
+        self.output = TiedOutput() if spec.tied else nn.Linear(spec.dim, spec.vocab_size, bias=False)
+        self.register_buffer("cos", None, persistent=False)
+        self.register_buffer("sin", None, persistent=False)
+
+    def init_rope(self, positions_S: Tensor) -> None:
+        """Compute the rotary table for these positions (those of the sequence, or of this rank's part of it)."""
+        parameter = next(self.parameters())
+        cos, sin = rope_table(self.spec, positions_S.cpu(), upcast(parameter.dtype))
+        self.cos, self.sin = cos.to(parameter.device), sin.to(parameter.device)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """tokens (B, S) int64 -> logits (B, S, V) in the model's dtype. S may be shorter than the rotary table."""
+        cos, sin = self.cos[: tokens_BS.shape[1]], self.sin[: tokens_BS.shape[1]]
+        x_BSD = self.tok_embeddings(tokens_BS)
+        for block in self.layers.values():
+            x_BSD = block(x_BSD, cos, sin)
+        x_BSD = self.norm(x_BSD)
+        if self.spec.tied:
+            return cast(Tensor, self.output(x_BSD, self.tok_embeddings.weight))
+        return cast(Tensor, self.output(x_BSD))
+
+
+def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Sum (not mean) over tokens of -log p(label), in nats; labels of -100 do not count. At least float32.
+
+    The sum, because the mean belongs to the global batch, which no single rank or micro-step can see.
+    """
+    return F.cross_entropy(
+        logits_BSV.flatten(0, 1).to(upcast(logits_BSV.dtype)), labels_BS.flatten(), reduction="sum", ignore_index=-100
+    )

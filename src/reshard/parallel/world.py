@@ -1,0 +1,93 @@
+"""Which rank am I, on which device? Joining and leaving the process group. Imports no torch at the top."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from reshard.config import Comm
+from reshard.errors import LayoutError
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the others, as torchrun's environment says; alone without it."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
+class World:
+    """A process that has met the others. control: a CPU group for small objects; None where there is one rank."""
+
+    place: Place
+    device: torch.device
+    control: dist.ProcessGroup | None
+
+
+def place_from_environment() -> Place:
+    """Read RANK, LOCAL_RANK and WORLD_SIZE. Raises LayoutError where only some of them are sensible."""
+    values = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if values["RANK"] is None or values["WORLD_SIZE"] is None:
+        return Place()
+    try:
+        place = Place(int(values["RANK"]), int(values["LOCAL_RANK"] or 0), int(values["WORLD_SIZE"]))
+    except ValueError:
+        raise LayoutError(f"RANK, LOCAL_RANK and WORLD_SIZE are {values}, expected whole numbers") from None
+    if not 0 <= place.rank < place.world_size:
+        raise LayoutError(f"RANK is {place.rank}, expected 0 to {place.world_size - 1}")
+    return place
+
+
+def device_type() -> str:
+    """`cuda` where there is one, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def join(place: Place, comm: Comm, *, need_group: bool) -> Iterator[World]:
+    """Meet the other ranks, and leave them at the end. NCCL on CUDA (not yet run on a GPU), gloo on CPU.
+
+    need_group: make a process group even for a single rank (FSDP's mixed precision wants one).
+    """
+    import torch
+    import torch.distributed as dist
+
+    kind = device_type()
+    device = torch.device(kind, place.local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if place.world_size == 1 and not need_group:
+        yield World(place, device, None)
+        return
+    backend = "cuda:nccl,cpu:gloo" if kind == "cuda" else "gloo"
+    timeout = timedelta(seconds=comm.init_timeout_seconds)
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:  # a single rank that nobody launched: no port, nothing to meet
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=comm.train_timeout_seconds))
+        yield World(place, device, control if place.world_size > 1 else None)
+    finally:
+        dist.destroy_process_group()
+
+
+def set_timeouts(comm: Comm, groups: list[dist.ProcessGroup]) -> None:
+    """From now on, give a collective up after comm.train_timeout_seconds."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout  # private, no public way in torch 2.13.0
+
+    for group in groups:
+        _set_pg_timeout(timedelta(seconds=comm.train_timeout_seconds), group)

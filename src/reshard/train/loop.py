@@ -1,0 +1,370 @@
+"""What happens in a training run? One function, read from top to bottom.
+
+Data before ranks, ranks before model, model before checkpoint; then the steps. The rooms below do the work.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
+
+from reshard.checkpoint.commit import recover
+from reshard.checkpoint.layout import step_directory
+from reshard.checkpoint.load import Start, choose
+from reshard.checkpoint.lock import check_shared, own_folder
+from reshard.checkpoint.manifest import Manifest
+from reshard.checkpoint.ranks import Ranks
+from reshard.checkpoint.retain import retain
+from reshard.checkpoint.save import About, save
+from reshard.checkpoint.state import dtype_from_name
+from reshard.config import Config, config_to_toml
+from reshard.errors import ConfigError, TrainingError
+from reshard.model.build import spec_of
+from reshard.model.llama import Llama, cross_entropy_sum
+from reshard.model.spec import LlamaSpec, flops_per_token, parameter_count
+from reshard.parallel.dims import Layout, build_mesh, check_batch, check_fit, resolve_layout
+from reshard.parallel.shard import set_gradient_sync, shard_model
+from reshard.parallel.world import Place, World, join, place_from_environment, set_timeouts
+from reshard.text.cache import fingerprint_difference, full_fingerprint, prepare
+from reshard.text.order import TrainingText, held_out
+from reshard.train.metrics import Reporter
+from reshard.train.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from reshard.train.space import check_space
+from reshard.train.start import (
+    TrainState,
+    fresh_global_batch,
+    full_state,
+    initialise,
+    load_weights,
+    resume,
+    weights_state,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its last step, its last loss (None where there was nothing to do), its last checkpoint."""
+
+    step: int
+    loss: float | None
+    checkpoint: Path | None
+
+
+def train(config: Config) -> Outcome:
+    """Train as the config says, on this process's share of the ranks. Every rank calls it. Raises ReshardError."""
+    place = place_from_environment()
+    layout = resolve_layout(config, place.world_size)
+    spec = spec_of(config)
+    check_fit(layout, spec, config)
+    if config.checkpoint.async_mode != "disabled":
+        raise ConfigError(
+            f'checkpoint.async_mode "{config.checkpoint.async_mode}" is not yet available, expected "disabled"',
+            key="checkpoint.async_mode",
+        )
+    data, tokenizer = prepare(config, spec.vocab_size, progress=place.rank == 0)
+    fingerprint = full_fingerprint(data, config)
+    compute = compute_dtype(config)
+    with join(place, config.comm, need_group=compute != dtype_from_name(config.training.dtype)) as world:
+        ranks = Ranks(world.control)
+        if place.rank == 0 and config.job.print_args:
+            logger.info("resolved config:\n%s", config_to_toml(config))
+        with own_folder(config.checkpoint_folder, ranks) if config.checkpoint.enable_checkpoint else nullcontext():
+            return _train(config, world, layout, spec, ranks, data, fingerprint, compute)
+
+
+def _train(
+    config: Config,
+    world: World,
+    layout: Layout,
+    spec: LlamaSpec,
+    ranks: Ranks,
+    data: Any,
+    fingerprint: dict[str, Any],
+    compute: torch.dtype,
+) -> Outcome:
+    t, folder, place = config.training, config.checkpoint_folder, world.place
+    torch.use_deterministic_algorithms(t.deterministic)
+
+    # -- what to start from ------------------------------------------------------------------------------------
+    start = Start()
+    if config.checkpoint.enable_checkpoint:
+        for line in ranks.on_first(lambda: recover(folder)):
+            logger.info("%s", line)
+        start = ranks.on_first(
+            lambda: choose(
+                folder,
+                load_step=config.checkpoint.load_step,
+                steps=t.steps,
+                initial_load_path=config.checkpoint.initial_load_path,
+            )
+        )
+        check_shared(folder, ranks)
+        for line in start.notes:
+            logger.info("%s", line)
+        if start.finished:
+            assert start.manifest is not None
+            logger.info("%s has reached training.steps %d: nothing to do", start.directory, t.steps)
+            return Outcome(start.manifest.step, None, start.directory)
+        _check_data(start, fingerprint, config)
+
+    # -- the model, this rank's part of it -----------------------------------------------------------------------
+    begun = time.perf_counter()
+    mesh = build_mesh(layout, world.device.type) if dist.is_initialized() else None
+    with torch.device("meta"):
+        model = Llama(spec).to(dtype_from_name(t.dtype))
+    shard_model(model, mesh, layout, config, compute)
+    model.to_empty(device=world.device)
+    model.init_rope(torch.arange(t.seq_len))
+    parameters = dict(model.named_parameters())
+    optimizer = build_optimizer(parameters, config.optimizer)
+    if config.checkpoint.enable_checkpoint:
+        ranks.on_first(lambda: check_space(folder, spec, config))
+
+    state = TrainState(global_batch_size=fresh_global_batch(config, layout.dp), rng_seed=t.rng_seed)
+    if start.resume:
+        state = resume(start, config, fingerprint, parameters, optimizer, ranks)
+    elif start.directory is not None:
+        load_weights(start.directory, parameters, spec, ranks)
+    else:
+        initialise(parameters, spec, t.rng_seed)
+    micro_steps = check_batch(layout, config, state.global_batch_size)
+    parent = start.manifest.save_id if start.manifest is not None else None
+    source = _source(start, config)
+
+    text = TrainingText(data.train, t.seq_len, state.rng_seed)
+    validation = held_out(data.validation, t.seq_len, config.validation.sequences) if config.validation.freq else None
+    groups = [mesh[axis].get_group() for axis in ("dp_replicate", "dp_shard")] if mesh is not None else []
+    tokens_per_step = state.global_batch_size * t.seq_len
+    last_step = min(t.steps, t.stop_after) if t.stop_after else t.steps
+    loss_context = loss_parallel if layout.tp > 1 and not config.parallelism.disable_loss_parallel else nullcontext
+
+    report = Reporter(
+        config,
+        first=place.rank == 0,
+        device_name=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        flops_per_token=flops_per_token(spec, t.seq_len),
+        world_size=place.world_size,
+    )
+    report.event(
+        "start", step=state.step, layout=layout.to_dict(), world_size=place.world_size,
+        loaded=str(start.directory) if start.directory else None, resumed=start.resume, setup_s=time.perf_counter() - begun,
+    )  # fmt: skip
+    logger.info(
+        "%s: %s parameters, %s, %s, global batch %d x %d tokens, %d micro-step(s), from %s",
+        config.model.flavor, f"{parameter_count(spec):,}", layout, t.dtype if compute == dtype_from_name(t.dtype)
+        else f"{t.dtype} computing in {str(compute).removeprefix('torch.')}",
+        state.global_batch_size, t.seq_len, micro_steps, _where(start, state),
+    )  # fmt: skip
+
+    # -- the steps -----------------------------------------------------------------------------------------------
+    directory: Path | None = None
+    loss_value: float | None = None
+    gc.disable()  # collections at a moment of our choosing, on all ranks at once, so that none waits for another's
+    last_save = time.monotonic()
+    profiler = _profiler(config, place)
+    report.start_clock()
+    with profiler:
+        while state.step < last_step:
+            step = state.step + 1
+            optimizer.zero_grad(set_to_none=True)
+            loss = torch.zeros((), dtype=torch.float64, device=world.device)
+            for micro_step, batch in enumerate(_micro_batches(text, state, place, layout, micro_steps, t.batch_size)):
+                batch_BS = torch.from_numpy(batch).to(world.device, non_blocking=True)
+                set_gradient_sync(model, micro_step == micro_steps - 1)
+                with loss_context():
+                    logits_BSV = model(batch_BS[:, :-1])
+                    # Divided by the global batch's tokens here, and summed everywhere below: the exact global mean.
+                    part = cross_entropy_sum(logits_BSV, batch_BS[:, 1:]) / tokens_per_step
+                    del logits_BSV  # the largest tensor of the step: free it before backward needs the room
+                    part.backward()
+                loss += part.full_tensor().detach() if isinstance(part, DTensor) else part.detach()
+            for group in groups:
+                dist.all_reduce(loss, group=group)
+            norm = clip_gradients(parameters.values(), t.max_norm)
+            loss_value, norm_value = loss.item(), norm.item()
+            if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+                raise TrainingError(
+                    f"step {step}: loss {loss_value}, gradient norm {norm_value}, expected finite numbers; "
+                    "the weights were not changed",
+                    step=step,
+                    hint="lower optimizer.lr or lengthen training.warmup_steps; the run resumes from its newest checkpoint",
+                )
+            lr = learning_rate(step, config)
+            set_learning_rate(optimizer, lr)
+            optimizer.step()
+            state = state.after_step(t.seq_len)
+            report.step(
+                step=step, loss=loss_value, grad_norm=norm_value, lr=lr, tokens_seen=state.tokens_seen, tokens=tokens_per_step
+            )  # fmt: skip
+            if step % t.gc_freq == 0:
+                gc.collect(1)
+            if isinstance(profiler, torch.profiler.profile):
+                profiler.step()
+            if validation is not None and (step % config.validation.freq == 0 or step == last_step):
+                value = _validate(model, validation, place, layout, config, groups, world.device, loss_context)
+                report.event("validation", step=step, loss=value, sequences=len(validation))
+                logger.info("step %d  validation loss %.4f", step, value)
+            if config.checkpoint.enable_checkpoint and _due(step, last_step, last_save, config, ranks):
+                weights_only = config.checkpoint.model_weights_only and step == t.steps
+                about = About(
+                    step=step,
+                    kind="model" if weights_only else "full",
+                    source=source,
+                    parent=parent,
+                    layout=layout.to_dict(),
+                    config=config.model_dump(),
+                    model=spec.to_dict(),
+                    data=fingerprint,
+                    train_state=asdict(state),
+                )
+                directory = step_directory(folder, step)
+                began = time.perf_counter()
+                if weights_only:
+                    export = dtype_from_name(config.checkpoint.export_dtype)
+                    manifest = save(directory, weights_state(parameters, spec), about, ranks, dtype=export)
+                else:
+                    manifest = save(directory, full_state(parameters, optimizer, state), about, ranks)
+                _after_save(manifest, directory, time.perf_counter() - began, report)
+                parent, last_save = manifest.save_id, time.monotonic()
+                for gone in ranks.on_first(
+                    lambda: retain(folder, config.checkpoint.keep_latest_k, protected=start.directory)
+                ):
+                    logger.info("deleted %s, keeping the latest %d", gone.name, config.checkpoint.keep_latest_k)
+            if step == 1 and groups:
+                set_timeouts(config.comm, groups)
+            if step < last_step and (config.checkpoint.enable_checkpoint or validation is not None):
+                report.start_clock()  # a save or a validation is not part of the next step's time
+    gc.enable()
+    report.event("end", step=state.step, loss=loss_value)
+    report.close()
+    return Outcome(state.step, loss_value, directory)
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """Dtype of forward and backward: mixed precision's, or the parameters' own."""
+    own = dtype_from_name(config.training.dtype)
+    asked = config.training.mixed_precision_param
+    if asked == "auto":
+        return torch.bfloat16 if own == torch.float32 and torch.cuda.is_available() else own
+    return own if own != torch.float32 else dtype_from_name(asked)
+
+
+def _micro_batches(
+    text: TrainingText, state: TrainState, place: Place, layout: Layout, micro_steps: int, batch_size: int
+) -> Iterator[Any]:
+    """This rank's share of the coming global batch: (batch_size, seq_len + 1) int64 arrays.
+
+    Sequences are dealt by global index, so which ones make up a step does not depend on the layout.
+    """
+    import numpy as np
+
+    share = micro_steps * batch_size
+    first = state.next_sequence + _dp_rank(place, layout) * share
+    for micro_step in range(micro_steps):
+        begin = first + micro_step * batch_size
+        yield np.stack([text[i] for i in range(begin, begin + batch_size)])
+
+
+def _dp_rank(place: Place, layout: Layout) -> int:
+    """Which share of the batch is this rank's? The mesh counts pp, dp_replicate, dp_shard, cp, tp, last fastest."""
+    return place.rank // (layout.cp * layout.tp) % layout.dp
+
+
+def _validate(
+    model: Llama, sequences: Any, place: Place, layout: Layout, config: Config, groups: list[Any], device: torch.device,
+    loss_context: Any,
+) -> float:  # fmt: skip
+    """Mean loss over the held-out sequences, in nats per token, the same on every rank.
+
+    Every rank runs equally many equal batches, because collectives need all; what does not divide is padded with
+    labels that do not count.
+    """
+    batch_size = config.training.batch_size
+    per_round = batch_size * layout.dp
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    model.eval()
+    with torch.no_grad():
+        for begin in range(0, len(sequences), per_round):
+            first = begin + _dp_rank(place, layout) * batch_size
+            inputs = torch.zeros(batch_size, config.training.seq_len, dtype=torch.int64)
+            labels = torch.full_like(inputs, -100)
+            for row, sequence in enumerate(sequences[first : first + batch_size]):
+                inputs[row], labels[row] = torch.from_numpy(sequence[:-1]), torch.from_numpy(sequence[1:])
+            with loss_context():
+                part = cross_entropy_sum(model(inputs.to(device)), labels.to(device))
+            total += part.full_tensor() if isinstance(part, DTensor) else part
+    for group in groups:
+        dist.all_reduce(total, group=group)
+    model.train()
+    return float(total) / (len(sequences) * config.training.seq_len)
+
+
+def _due(step: int, last_step: int, last_save: float, config: Config, ranks: Ranks) -> bool:
+    """Is it time to save? The last step always is; the clock is rank 0's."""
+    if step == last_step:
+        return True
+    if config.checkpoint.interval_type == "steps":
+        return step % config.checkpoint.interval == 0
+    return ranks.on_first(lambda: time.monotonic() - last_save >= config.checkpoint.interval)
+
+
+def _after_save(manifest: Manifest, directory: Path, seconds: float, report: Reporter) -> None:
+    logger.info("saved %s (%s, %.1f MB, %.2f s)", directory, manifest.kind, manifest.bytes / 1e6, seconds)
+    report.event("save", step=manifest.step, kind=manifest.kind, bytes=manifest.bytes, seconds=seconds, path=str(directory))
+
+
+def _check_data(start: Start, fingerprint: dict[str, Any], config: Config) -> None:
+    """A resume reads on where it stopped, so it must be the same stream. Raises ConfigError naming the difference."""
+    if not start.resume or start.manifest is None or "data" in config.checkpoint.exclude_from_loading:
+        return
+    difference = fingerprint_difference(start.manifest.data or {}, fingerprint)
+    if difference is not None:
+        raise ConfigError(
+            f"checkpoint `{start.directory}` was trained on another token stream: {difference}",
+            hint="restore the option, or begin the data anew with --checkpoint.exclude_from_loading data",
+        )
+
+
+def _source(start: Start, config: Config) -> dict[str, Any]:
+    """What a checkpoint of this run says of its origin. A rollback stays on record for all that follows from it."""
+    source: dict[str, Any] = {"kind": "train", "from": str(start.directory) if start.directory else None}
+    if start.manifest is None:
+        return source
+    before = start.manifest.source
+    if "load_step" in before:
+        source |= {"load_step": before["load_step"], "load_save_id": before["load_save_id"]}
+    if config.checkpoint.load_step == start.manifest.step:
+        source |= {"load_step": start.manifest.step, "load_save_id": start.manifest.save_id}
+    return source
+
+
+def _where(start: Start, state: TrainState) -> str:
+    if start.directory is None:
+        return f"its own first weights (rng_seed {state.rng_seed})"
+    return f"{start.directory} ({'resuming after step ' + str(state.step) if start.resume else 'weights'})"
+
+
+def _profiler(config: Config, place: Place) -> AbstractContextManager[Any]:
+    if not config.profiling.enable_profiling:
+        return nullcontext()
+    folder = Path(config.job.dump_folder) / config.profiling.save_traces_folder
+    os.makedirs(folder, exist_ok=True)
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=max(0, config.profiling.profile_freq - 2), warmup=1, active=1),
+        on_trace_ready=lambda p: p.export_chrome_trace(str(folder / f"rank{place.rank}_step{p.step_num}.json")),
+    )

@@ -1,0 +1,183 @@
+"""Where does the run begin? From nothing, from weights, or from a full checkpoint of any layout.
+
+The trainer's objects under the names that a checkpoint stores them by, and the checks before a byte is read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reshard.checkpoint.load import Start, load, stored_names
+from reshard.checkpoint.ranks import Ranks
+from reshard.checkpoint.save import tensor_state
+from reshard.checkpoint.state import State, dtype_name, local_part
+from reshard.config import Config
+from reshard.errors import ConfigError, LayoutError, TensorMismatch
+from reshard.model.init import initial_rows
+from reshard.model.names import canonical_name
+from reshard.model.spec import LlamaSpec
+from reshard.train.optimizer import group_values, optimizer_moments
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """How far is the run? Five whole numbers that no rank owns and no layout changes."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    next_sequence: int = 0  # global index of the first sequence that was not yet trained on
+    global_batch_size: int = 0  # sequences per optimizer step
+    rng_seed: int = 0
+
+    def after_step(self, seq_len: int) -> TrainState:
+        """One optimizer step later."""
+        return replace(
+            self,
+            step=self.step + 1,
+            tokens_seen=self.tokens_seen + self.global_batch_size * seq_len,
+            next_sequence=self.next_sequence + self.global_batch_size,
+        )
+
+
+def full_state(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, train_state: TrainState
+) -> State:
+    """Everything that a resume needs, by stored name."""
+    return {
+        "model": dict(parameters),
+        "optimizer": {**optimizer_moments(optimizer, parameters), **group_values(optimizer)},
+        "train_state": tensor_state(asdict(train_state)),
+    }
+
+
+def weights_state(parameters: Mapping[str, nn.Parameter], spec: LlamaSpec) -> State:
+    """Weights only, under flat Meta names. A tied model's output is written too: torchtune wants to find it."""
+    return {**parameters, OUTPUT: parameters[EMBEDDING]} if spec.tied else dict(parameters)
+
+
+def initialise(parameters: Mapping[str, nn.Parameter], spec: LlamaSpec, rng_seed: int) -> None:
+    """Fill this rank's shards with their first values, the same bits on every layout."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            local, box = local_part(parameter)
+            if box.volume:
+                rows = initial_rows(spec, rng_seed, name, box.offsets[0], box.offsets[0] + box.sizes[0])
+                others = tuple(slice(o, o + s) for o, s in zip(box.offsets[1:], box.sizes[1:], strict=True))
+                local.copy_(rows[(slice(None), *others)])
+
+
+def load_weights(directory: Path, parameters: Mapping[str, nn.Parameter], spec: LlamaSpec, ranks: Ranks) -> None:
+    """Fill the model from the weights of any checkpoint of ours or DCP directory of torchtitan's; cast to its dtype.
+
+    Raises TensorMismatch where names or shapes do not fit, or where a tied model's output differs from its embedding.
+    """
+    stored = {name: canonical_name(name) for name in stored_names(directory)}
+    by_canonical = {canonical: name for name, canonical in stored.items() if canonical is not None}
+    shapes = stored_names(directory)
+    missing = [name for name in parameters if name not in by_canonical]
+    unexpected = [n for n in by_canonical if n not in parameters and not (n == OUTPUT and spec.tied)]
+    wrong = {
+        name: (str(tuple(p.shape)), str(shapes[by_canonical[name]][0]))
+        for name, p in parameters.items()
+        if name in by_canonical and shapes[by_canonical[name]][0] != tuple(p.shape)
+    }
+    if missing or unexpected or wrong:
+        hint = "compare [model] with `reshard inspect`: name, flavor and the numbers that replace the flavor's"
+        if missing == [OUTPUT] and not unexpected and not wrong:
+            hint = "the checkpoint has no output.weight, its embeddings are tied: --model.tied_embeddings true"
+        raise TensorMismatch(
+            f"the weights of `{directory}` do not fit the model",
+            path=directory, missing=missing, unexpected=unexpected, wrong=wrong, hint=hint,
+        )  # fmt: skip
+    dtypes = {shapes[by_canonical[name]][1] for name in parameters}
+    own = {dtype_name(p.dtype) for p in parameters.values()}
+    if dtypes != own:
+        logger.info("casting the weights of %s from %s to %s", directory, "/".join(sorted(dtypes)), "/".join(own))
+    load(directory, {by_canonical[name]: p for name, p in parameters.items()}, ranks, cast=True)
+    if spec.tied and OUTPUT in by_canonical:
+        _check_tie(directory, by_canonical[OUTPUT], parameters[EMBEDDING], ranks)
+
+
+def _check_tie(directory: Path, stored_name: str, embedding: nn.Parameter, ranks: Ranks) -> None:
+    output = torch.empty_like(embedding)
+    load(directory, {stored_name: output}, ranks, cast=True)
+    equal = torch.equal(local_part(output)[0], local_part(embedding)[0])
+    if not all(ranks.everywhere(lambda: equal)):
+        raise TensorMismatch(
+            f"`{directory}` has an output.weight that differs from its embedding, but the model's are tied",
+            path=directory,
+            hint="train it untied: --model.tied_embeddings false",
+        )
+
+
+def resume(
+    start: Start,
+    config: Config,
+    fingerprint: dict[str, Any],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+) -> TrainState:
+    """Load a full checkpoint onto whatever layout this is. Raises before anything is touched where it does not fit."""
+    assert start.directory is not None and start.manifest is not None
+    saved = TrainState(**start.manifest.train_state)
+    excluded = config.checkpoint.exclude_from_loading
+    moments = {} if "optimizer" in excluded else optimizer_moments(optimizer, parameters)
+    _check_dtype(start, parameters, config)
+    wanted: dict[str, Tensor] = {f"model.{name}": p for name, p in parameters.items()}
+    wanted |= {f"optimizer.{name}": t for name, t in moments.items()}
+    numbers = tensor_state(asdict(TrainState()))
+    wanted |= {f"train_state.{name}": t for name, t in numbers.items()}
+    stored = [n for n in start.manifest.tensors if n.startswith("model.")]
+    unexpected = [n.removeprefix("model.") for n in stored if n not in wanted]
+    if unexpected:
+        raise TensorMismatch(
+            f"checkpoint `{start.directory}` does not fit the model",
+            path=start.directory, unexpected=unexpected, hint="resume with the model that was trained: [model]",
+        )  # fmt: skip
+    load(start.directory, wanted, ranks, cast=config.checkpoint.allow_dtype_change)
+    train_state = TrainState(**{name: int(t) for name, t in numbers.items()})
+    assert train_state == saved, f"manifest and tensors disagree: {saved}, {train_state}"
+    if "data" in excluded:
+        logger.info("data: starting %s afresh, as exclude_from_loading says", fingerprint.get("dataset"))
+        train_state = replace(train_state, next_sequence=0, rng_seed=config.training.rng_seed)
+    return _global_batch(train_state, config)
+
+
+def _global_batch(saved: TrainState, config: Config) -> TrainState:
+    wanted = config.training.global_batch_size
+    if wanted in (-1, 0, saved.global_batch_size):
+        return saved
+    logger.info("global batch changes from %d to %d sequences", saved.global_batch_size, wanted)
+    return replace(saved, global_batch_size=wanted)
+
+
+def _check_dtype(start: Start, parameters: Mapping[str, nn.Parameter], config: Config) -> None:
+    assert start.manifest is not None
+    names = [f"model.{name}" for name in parameters if f"model.{name}" in start.manifest.tensors]
+    stored = {start.manifest.tensors[name].dtype for name in names}
+    if stored - {config.training.dtype} and not config.checkpoint.allow_dtype_change:
+        raise ConfigError(
+            f"checkpoint `{start.directory}` was trained in {'/'.join(sorted(stored))}, training.dtype is {config.training.dtype}",
+            key="training.dtype",
+            hint=f"--training.dtype {sorted(stored)[0]}, or --checkpoint.allow_dtype_change to cast",
+        )
+
+
+def fresh_global_batch(config: Config, dp: int) -> int:
+    """Sequences per optimizer step of a run that begins: the option, or one micro-step of every rank."""
+    asked = config.training.global_batch_size
+    if asked == 0:
+        raise LayoutError("training.global_batch_size is 0, expected -1 (the default) or at least 1")
+    return asked if asked > 0 else config.training.batch_size * dp
