@@ -88,24 +88,23 @@ class Region:
     crc32: int | None = None
 
     def read_into(self, buffer: NDArray[np.uint8], start: int) -> None:
-        """Fill the buffer from byte `start` of the region. Raises FormatError where the file ends early."""
+        """Fill the buffer from byte `start` of the region. Raises FormatError where the file is gone or ends early."""
         view = memoryview(buffer)
         if start < 0 or start + len(view) > self.nbytes:
             raise IndexError(f"bytes {start} to {start + len(view)} of a region of {self.nbytes}")
         position = self.offset + start
-        descriptor = os.open(self.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
-            while len(view):
-                count = os.preadv(descriptor, [view], position)  # at most 2 GiB a call
-                if count == 0:
-                    raise FormatError(
-                        f"{self.file} ends at byte {position:,}, expected {len(view):,} more: it was cut or replaced "
-                        "after it had been opened",
-                        path=self.file,
-                    )
-                view, position = view[count:], position + count
-        finally:
-            os.close(descriptor)
+            with self.file.open("rb", buffering=0) as stream:
+                while len(view) and (count := os.preadv(stream.fileno(), [view], position)):  # at most 2 GiB a call
+                    view, position = view[count:], position + count
+        except OSError as e:
+            raise FormatError(f"{self.file} cannot be read at byte {position:,}: {e.strerror}", path=self.file) from None
+        if len(view):
+            raise FormatError(
+                f"{self.file} ends at byte {position:,}, expected {len(view):,} more: it was cut or replaced after it had "
+                "been opened",
+                path=self.file,
+            )
 
     def sum(self, start: int, stop: int, crc: int = 0) -> int:
         """The CRC32 of bytes [start, stop), going on from `crc`; reads READ_BYTES at a time."""

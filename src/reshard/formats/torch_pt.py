@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
 _LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6, pickled
 _ENCRYPTED = 0x1
+_MOST_DIMS = 64  # torch's own limit
 
 _STORAGE_CLASSES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -181,10 +182,12 @@ class _Dtype:
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> _Tensor:
     """torch's _rebuild_tensor_v2 and _v3 in place of the real ones; rest: requires_grad, hooks, in v3 the dtype."""
-    if not isinstance(storage, _Storage) or not all(map(_natural, (offset,))):
+    if not isinstance(storage, _Storage) or not _natural(offset):
         raise ValueError("a tensor without a storage")
-    if not all(isinstance(dims, tuple) and all(map(_natural, dims)) for dims in (shape, stride)) or len(shape) != len(stride):
+    if not all(isinstance(dims, tuple) and len(dims) <= _MOST_DIMS and all(map(_natural, dims)) for dims in (shape, stride)):
         raise ValueError("a tensor without a shape")
+    if len(shape) != len(stride):
+        raise ValueError("a tensor with strides for another shape")
     dtype = storage.dtype
     if dtype is None:
         if len(rest) < 3 or not isinstance(rest[2], _Dtype):
@@ -202,7 +205,7 @@ def _size(items: Any = ()) -> tuple[Any, ...]:
 
 
 def _natural(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**63
 
 
 _ALLOWED: dict[tuple[str, str], object] = {

@@ -114,6 +114,8 @@ def load_tokenizer(
         data = file.read_bytes()
     except OSError as error:
         raise DataError(f"tokenizer `{path}` cannot be read: {error}", path=file) from None
+    if not data.strip():
+        raise DataError(f"tokenizer {file} is empty", path=file)
     if data.startswith(b"version https://git-lfs"):
         raise DataError(
             f"tokenizer {file} is a Git LFS pointer ({len(data)} bytes), not the file itself",
@@ -325,7 +327,7 @@ def _load_json(name: str, file: Path, data: bytes) -> JsonTokenizer:
     try:
         inner = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises a bare Exception
-        raise DataError(f"tokenizer {file} is not a tokenizer.json that can be read: {error}", path=file) from None
+        raise DataError(f"tokenizer {file} cannot be read as a tokenizer.json: {error}", path=file) from None
     bos_id = inner.token_to_id(bos) if bos else None
     eos_id = inner.token_to_id(eos) if eos else None
     if eos_id is None:

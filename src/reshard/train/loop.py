@@ -30,6 +30,7 @@ from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.retain import retain
 from reshard.checkpoint.save import About, save
 from reshard.checkpoint.state import dtype_from_name
+from reshard.checkpoint.weights import load_weights, weights_state
 from reshard.config import Config, config_to_toml
 from reshard.errors import ConfigError, TrainingError
 from reshard.model.build import spec_of
@@ -48,9 +49,7 @@ from reshard.train.start import (
     fresh_global_batch,
     full_state,
     initialise,
-    load_weights,
     resume,
-    weights_state,
 )
 
 logger = logging.getLogger(__name__)
