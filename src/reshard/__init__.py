@@ -1,8 +1,8 @@
 """reshard: the life of a training checkpoint. The public API, imported on first use.
 
-    train(config)      train on this process's share of the ranks
-    seed(config)       write step-0 on one CPU
-    load_config(...)   a TOML file and --section.key values, validated
+train(config)      train on this process's share of the ranks
+seed(config)       write step-0 on one CPU
+load_config(...)   a TOML file and --section.key values, validated
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from reshard.config import Config, config_to_toml, load_config, sections
-from reshard.errors import ReshardError
+from reshard.errors import LayoutError, ReshardError
 
 logger = logging.getLogger("reshard")
 
@@ -89,8 +89,11 @@ def tokenize(arguments: Sequence[str], as_json: bool) -> None:
 @_ARGUMENTS
 @click.option("--keys", is_flag=True, help="List every key with its type, default and meaning, and torchtitan's spellings.")
 @click.option("--check", "checking", is_flag=True, help="Refuse what `train` would refuse, print nothing else.")
-@click.option("--world-size", type=click.IntRange(min=1), help="Ranks to check for (default: NGPU or WORLD_SIZE, else 1).")
-def config(arguments: Sequence[str], keys: bool, checking: bool, world_size: int | None) -> None:
+@click.option(
+    "--world-size", type=click.IntRange(min=1), envvar=["WORLD_SIZE", "NGPU"], default=1,
+    help="Ranks to check for (default: WORLD_SIZE or NGPU, else 1).",
+)  # fmt: skip
+def config(arguments: Sequence[str], keys: bool, checking: bool, world_size: int) -> None:
     """Print the resolved config as TOML, check it, or list the keys."""
     if keys:
         _print_keys()
@@ -99,7 +102,11 @@ def config(arguments: Sequence[str], keys: bool, checking: bool, world_size: int
     if checking:
         from reshard.commands.check import check
 
-        check(resolved, world_size or int(os.environ.get("WORLD_SIZE") or os.environ.get("NGPU") or 1))
+        if resolved.checkpoint.create_seed_checkpoint and world_size != 1:
+            raise LayoutError(
+                f"a seed checkpoint is made by one process, but {world_size} are to be started", hint="NGPU=1, or `reshard seed`"
+            )
+        check(resolved, world_size)
     else:
         click.echo(config_to_toml(resolved), nl=False)
 

@@ -171,5 +171,6 @@ def nearest(word: str, valid: Iterable[str]) -> str | None:
     """Which valid name did the user probably mean? None where nothing is close."""
     import difflib  # only on the way to an error
 
-    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.6)
-    return close[0] if close else None
+    by_lower = {name.lower(): name for name in valid}  # `8b` means `8B`
+    close = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
+    return by_lower[close[0]] if close else None

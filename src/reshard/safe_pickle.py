@@ -54,7 +54,7 @@ def _named(path: Path | str) -> str:
     return f"{path}: " if str(path) else ""
 
 
-class _Damaged(Exception):
+class _DamagedError(Exception):
     """The opcodes do not fit each other."""
 
 
@@ -83,7 +83,7 @@ class _Machine:
             return self._run()
         except FormatError:
             raise
-        except _Damaged as e:
+        except _DamagedError as e:
             raise self._damaged(str(e)) from None
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, struct.error) as e:
             reason = "it ends early" if self.at >= len(self.data) else f"{type(e).__name__} from what it holds"
@@ -120,7 +120,7 @@ class _Machine:
                 else:
                     operation = operations[opcode]
                     if operation is None:
-                        raise _Damaged(f"opcode 0x{opcode:02x} is not one that checkpoints use")
+                        raise _DamagedError(f"opcode 0x{opcode:02x} is not one that checkpoints use")
                     self.at = at
                     operation(self)
                     at = self.at
@@ -135,7 +135,7 @@ class _Machine:
     def take(self, size: int) -> bytes:
         start, self.at = self.at, self.at + size
         if self.at > len(self.data):
-            raise _Damaged(f"{size:,} bytes are announced, {len(self.data) - start:,} are left")
+            raise _DamagedError(f"{size:,} bytes are announced, {len(self.data) - start:,} are left")
         return self.data[start : self.at]
 
     def byte(self) -> int:
@@ -162,7 +162,7 @@ class _Machine:
     def proto(self) -> None:
         version = self.byte()
         if not 2 <= version <= 5:
-            raise _Damaged(f"protocol {version}, expected 2 to 5")
+            raise _DamagedError(f"protocol {version}, expected 2 to 5")
 
     def frame(self) -> None:
         self.at += 8  # frames are a hint for readers of streams, we have all of it
@@ -173,7 +173,7 @@ class _Machine:
 
     def memoize(self, index: int) -> None:
         if index > len(self.data):
-            raise _Damaged(f"memo {index:,} cannot be in use")
+            raise _DamagedError(f"memo {index:,} cannot be in use")
         while len(self.memo) <= index:  # writers number from 0 without gaps, a tidied pickle may have some
             self.memo.append(None)
         self.memo[index] = self.stack[-1]
@@ -186,7 +186,7 @@ class _Machine:
 
     def tuple_of(self, count: int) -> None:
         if len(self.stack) < count:
-            raise _Damaged("a tuple has fewer items than announced")
+            raise _DamagedError("a tuple has fewer items than announced")
         self.stack[-count:] = [tuple(self.stack[-count:])]
 
     def marked_tuple(self) -> None:
@@ -204,7 +204,7 @@ class _Machine:
     def _list(self) -> list[Any]:
         target = self.stack[-1]
         if type(target) is not list:
-            raise _Damaged("items are appended to what is not a list")
+            raise _DamagedError("items are appended to what is not a list")
         return target
 
     def setitem(self) -> None:
@@ -214,7 +214,7 @@ class _Machine:
     def setitems(self) -> None:
         items = self.to_mark()
         if len(items) % 2:
-            raise _Damaged("a dict has a key without a value")
+            raise _DamagedError("a dict has a key without a value")
         target = self._dict()
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[key if type(key) is str else self._key(key)] = value
@@ -222,7 +222,7 @@ class _Machine:
     def _dict(self) -> dict[Any, Any]:
         target = self.stack[-1]
         if not isinstance(target, dict):
-            raise _Damaged("keys are set in what is not a dict")
+            raise _DamagedError("keys are set in what is not a dict")
         return target
 
     def _key(self, key: Any) -> Any:
@@ -231,7 +231,7 @@ class _Machine:
             return key
         if type(key) in self.classes and all(map(_is_flat, vars(key).values())):
             return key
-        raise _Damaged("a dict has a key that is not plain")
+        raise _DamagedError("a dict has a key that is not plain")
 
     def global_(self) -> None:
         self.stack.append(self._find(self.line(), self.line()))
@@ -242,7 +242,7 @@ class _Machine:
 
     def _find(self, module: Any, name: Any) -> object:
         if type(module) is not str or type(name) is not str:
-            raise _Damaged("a global is named by what is not text")
+            raise _DamagedError("a global is named by what is not text")
         if (module, name) not in self.allowed:
             raise FormatError(
                 f"{_named(self.path)}the pickle asks for `{f'{module}.{name}'[:_SHOWN]}`, which is not part of a plain "
@@ -256,32 +256,32 @@ class _Machine:
     def reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if id(function) not in self.callables:
-            raise _Damaged("something is called that is not a function")
+            raise _DamagedError("something is called that is not a function")
         if type(arguments) is not tuple or (arguments and isinstance(function, type) and issubclass(function, dict)):
-            raise _Damaged("a function is called with what are not its arguments")
+            raise _DamagedError("a function is called with what are not its arguments")
         self.stack.append(function(*arguments))
 
     def newobj(self) -> None:
         arguments, cls = self.stack.pop(), self.stack.pop()
         if not isinstance(cls, type) or cls not in self.classes or type(arguments) is not tuple:
-            raise _Damaged("an instance is made of what is not a class")
+            raise _DamagedError("an instance is made of what is not a class")
         self.stack.append(cls.__new__(cls, *arguments))
 
     def build(self) -> None:
         state, instance = self.stack.pop(), self.stack[-1]
         cls = type(instance)
         if cls not in self.classes:  # a class itself is never built on: that would change it for everybody
-            raise _Damaged("a state is set on what is not an instance")
+            raise _DamagedError("a state is set on what is not an instance")
         if hasattr(cls, "__setstate__"):
             instance.__setstate__(state)
         elif type(state) is dict:
             instance.__dict__.update(state)
         else:
-            raise _Damaged("the state of an instance is not a dict")
+            raise _DamagedError("the state of an instance is not a dict")
 
     def persid(self) -> None:
         if self.persistent_load is None:
-            raise _Damaged("it refers to data outside of itself")
+            raise _DamagedError("it refers to data outside of itself")
         self.stack.append(self.persistent_load(self.stack.pop()))
 
 

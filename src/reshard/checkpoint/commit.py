@@ -13,6 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
+from reshard.checkpoint.blocks import write_durably
 from reshard.checkpoint.layout import all_leftovers, leftovers
 from reshard.checkpoint.manifest import MANIFEST, Manifest, manifest_bytes, read_manifest
 from reshard.errors import CheckpointError, NotACheckpoint
@@ -36,10 +37,7 @@ def commit(temporary: Path, directory: Path, manifest: Manifest) -> None:
 
     Every other file must be on disk already. Raises OSError.
     """
-    with open(temporary / MANIFEST, "xb") as file:
-        file.write(manifest_bytes(manifest))
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(temporary / MANIFEST, manifest_bytes(manifest))
     fsync_directory(temporary)
     if not directory.exists():
         os.rename(temporary, directory)

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from reshard.checkpoint.layout import Entry, entries, is_foreign, step_directory
 from reshard.checkpoint.manifest import Manifest, read_manifest
 from reshard.checkpoint.metadata import read_metadata
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.reader import check_names, read_tensors
-from reshard.errors import IntegrityError, NotACheckpoint, TensorMismatch, TornCheckpoint, listed
+from reshard.checkpoint.state import dtype_name
+from reshard.errors import NotACheckpoint, TornCheckpoint, listed
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +99,9 @@ def _named(folder: Path, found: list[Entry], load_step: int, steps: int, notes: 
             hint=f"`{folder}` has steps {listed(there)}" if there else f"`{folder}` holds no checkpoint",
         )
     if is_foreign(directory) and load_step == 0:
-        return Start(directory, None, notes=(f"{directory} is a DCP checkpoint of another program: taking its weights",))
+        return Start(
+            directory, None, notes=(f"{directory} is a DCP checkpoint of another program: taking its weights",)
+        )
     if entry.manifest is None:
         assert entry.problem is not None
         whole = [str(e.step) for e in found if e.committed]
@@ -141,21 +145,19 @@ def load(directory: Path, state: Mapping[str, Tensor], ranks: Ranks, *, cast: bo
     """
 
     def read() -> int:
-        metadata = read_metadata(directory)
+        manifest = None if is_foreign(directory) else read_manifest(directory)
+        metadata = read_metadata(directory, manifest)
         check_names(directory, metadata, state, cast=cast)
-        return read_tensors(directory, metadata, state, cast=cast)
+        return read_tensors(directory, metadata, state, manifest=manifest, cast=cast)
 
     return ranks.everywhere(read)[ranks.rank]
 
 
 def stored_names(directory: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Every stored tensor's shape and dtype name, from the DCP index."""
-    from reshard.checkpoint.state import dtype_name
-
+    manifest = None if is_foreign(directory) else read_manifest(directory)
     return {
         name: (tuple(t.size), dtype_name(t.properties.dtype))
-        for name, t in read_metadata(directory).state_dict_metadata.items()
-        if hasattr(t, "size")
+        for name, t in read_metadata(directory, manifest).state_dict_metadata.items()
+        if isinstance(t, TensorStorageMetadata)  # a pickled object of another program is no tensor of ours
     }
-
-

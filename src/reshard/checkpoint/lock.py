@@ -31,7 +31,11 @@ def own_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
-            owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+            owner = {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
             (folder / OWNER).write_text(json.dumps(owner))
         except Timeout:
             raise FolderInUse(
@@ -64,11 +68,10 @@ def _owner(folder: Path) -> str:
 
 def check_shared(folder: Path, ranks: Ranks) -> None:
     """Do all ranks see the same folder? Raises StorageError naming the hosts that do not. Collective."""
-    token = f".seen-{secrets.token_hex(8)}"
-    token = ranks.on_first(lambda: token)
     if ranks.size == 1:
         return
-    ranks.on_first(lambda: (folder / token).touch())
+    token = ranks.on_first(lambda: f".seen-{secrets.token_hex(8)}")
+    ranks.on_first((folder / token).touch)
     sights = ranks.everywhere(lambda: (socket.gethostname(), (folder / token).exists()))
     ranks.on_first(lambda: (folder / token).unlink(missing_ok=True))
     blind = sorted({host for host, seen in sights if not seen})

@@ -64,9 +64,14 @@ class Manifest:
         return sum(entry.bytes for entry in self.files.values())
 
 
+def crc32(data: bytes, crc: int = 0) -> int:
+    """The digest we use everywhere: zlib's CRC32, going on from `crc`."""
+    return int(isal_zlib.crc32(data, crc))
+
+
 def crc32_hex(data: bytes) -> str:
-    """The digest we use everywhere: zlib's CRC32, as eight hex digits."""
-    return f"{isal_zlib.crc32(data):08x}"
+    """The same, as the eight hex digits that a manifest has."""
+    return f"{crc32(data):08x}"
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

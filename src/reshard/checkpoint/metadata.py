@@ -6,7 +6,6 @@ whatever an attacker put there; we know the names that a real one can contain an
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -17,8 +16,9 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # private: the on-disk record; torch 2.13.0
 from torch.serialization import _get_layout  # private: how a pickle names a layout; torch 2.13.0
 
+from reshard.checkpoint.blocks import write_durably
 from reshard.checkpoint.layout import METADATA
-from reshard.checkpoint.manifest import TensorEntry
+from reshard.checkpoint.manifest import Manifest, TensorEntry, crc32_hex
 from reshard.checkpoint.state import dtype_from_name
 from reshard.checkpoint.writer import Stored
 from reshard.errors import IntegrityError, NotACheckpoint, StorageError
@@ -48,8 +48,10 @@ def _allowed() -> dict[tuple[str, str], Any]:
     return names
 
 
-def read_metadata(directory: Path) -> dcp.Metadata:
+def read_metadata(directory: Path, manifest: Manifest | None) -> dcp.Metadata:
     """The DCP index of a checkpoint directory, checked for what we rely on.
+
+    manifest: what its bytes must be; None for a foreign directory.
 
     Raises: NotACheckpoint, IntegrityError (not such a pickle, or it points outside), StorageError; FormatError
     from the unpickler where the file names anything that an index has no use for.
@@ -61,6 +63,14 @@ def read_metadata(directory: Path) -> dcp.Metadata:
         raise NotACheckpoint(f"`{directory}` has no {METADATA}, expected a DCP checkpoint", path=directory) from None
     except OSError as error:
         raise StorageError(f"`{path}` cannot be read: {error}", path=directory) from None
+    if manifest is not None:
+        entry = manifest.files.get(METADATA)
+        if entry is None or len(content) != entry.bytes or crc32_hex(content) != entry.crc32:
+            raise IntegrityError(
+                f"`{path}` is damaged: its CRC32 is {crc32_hex(content)}, the manifest says {entry and entry.crc32}",
+                path=directory,
+                files=[METADATA],
+            )
     found = loads(content, allowed=_allowed())
     if not isinstance(found, dcp.Metadata) or not isinstance(found.storage_data, dict):
         raise IntegrityError(f"`{path}` is not a DCP index", path=directory, files=[METADATA])
@@ -101,8 +111,5 @@ def write_metadata(
     content = pickle.dumps(
         dcp.Metadata(state_dict_metadata=described, planner_data=dict(paths), storage_data=storage), protocol=4
     )
-    with open(directory / METADATA, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(directory / METADATA, content)
     return content

@@ -8,15 +8,19 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from reshard.checkpoint.state import Box, dtype_name, local_part
+from reshard.checkpoint import archive
+from reshard.checkpoint.blocks import SUFFIX, BlockSums, read_checked, read_full, read_sums
+from reshard.checkpoint.manifest import Manifest
+from reshard.checkpoint.state import Box, bytes_of, dtype_name, local_part
 from reshard.errors import IntegrityError, StorageError, TensorMismatch
 
 
@@ -40,87 +44,174 @@ def check_names(directory: Path, metadata: Metadata, wanted: Mapping[str, Tensor
         )
 
 
-def read_tensors(directory: Path, metadata: Metadata, wanted: Mapping[str, Tensor], *, cast: bool = False) -> int:
+def read_tensors(
+    directory: Path, metadata: Metadata, wanted: Mapping[str, Tensor], *, manifest: Manifest | None, cast: bool = False
+) -> int:
     """Fill this rank's part of each tensor in place. Returns the bytes read.
 
     wanted: stored name -> destination (a DTensor's local shard is filled). Call check_names first.
-    cast: convert where dtypes differ. Memory: one stored chunk at a time.
+    manifest: None for a foreign directory; then whole chunks are read, as only those have a CRC.
+    cast: convert where dtypes differ. Memory: none for rows of CPU tensors of the stored dtype, else one chunk.
     Raises: IntegrityError naming file and tensor where a stored CRC, size or shape disagrees; StorageError.
     """
-    jobs = []
-    for name, tensor in wanted.items():
-        local, box = local_part(tensor)
-        stored = metadata.state_dict_metadata[name]
-        assert isinstance(stored, TensorStorageMetadata)
-        filled = 0
-        for chunk in stored.chunks:
-            source = Box(tuple(chunk.offsets), tuple(chunk.sizes))
-            common = box.overlap(source)
-            if common is None:
-                continue
-            filled += common.volume
-            info = metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
-            if info is None:
-                raise IntegrityError(
-                    f"`{directory}` does not say where {name} at {source.offsets} is stored", path=directory, rank_local=True
-                )
-            jobs.append((info, name, stored.properties.dtype, source, common, box, local))
-        if filled != box.volume:
-            raise IntegrityError(
-                f"`{directory}` stores {filled} of the {box.volume} numbers wanted of {name}", path=directory, rank_local=True
-            )
-    jobs.sort(key=lambda job: (job[0].relative_path, job[0].offset))
-    read = 0
-    for info, name, dtype, source, common, box, local in jobs:
-        values = _read_item(directory, info, name, dtype, source)
-        read += info.length
-        with torch.no_grad():
-            local[common.slices_in(box)].copy_(values[common.slices_in(source)])
-    return read
+    jobs = [job for name, tensor in wanted.items() for job in _jobs(directory, metadata, name, tensor)]
+    jobs.sort(key=lambda job: (job.file, job.offset))
+    with _Files(directory, manifest) as files, torch.no_grad():
+        return sum(files.read(job) for job in jobs)
 
 
-def read_whole(directory: Path, metadata: Metadata, name: str) -> Tensor:
+def read_whole(directory: Path, metadata: Metadata, name: str, manifest: Manifest | None) -> Tensor:
     """One stored tensor, whole, on CPU."""
     stored = metadata.state_dict_metadata[name]
     assert isinstance(stored, TensorStorageMetadata)
     result = torch.empty(stored.size, dtype=stored.properties.dtype)
-    read_tensors(directory, metadata, {name: result})
+    read_tensors(directory, metadata, {name: result}, manifest=manifest)
     return result
 
 
-def _read_item(directory: Path, info: Any, name: str, dtype: torch.dtype, box: Box) -> Tensor:
-    """One stored chunk: a torch.save archive whose every record's CRC32 is checked."""
-    path = directory / info.relative_path
+@dataclass(frozen=True)
+class _Job:
+    """One stored chunk of which a part is wanted."""
 
-    def damaged(reason: str) -> IntegrityError:
-        return IntegrityError(
-            f"`{path}` is damaged: {name} at {box.offsets}: {reason}",
+    name: str
+    file: str
+    offset: int
+    length: int
+    dtype: torch.dtype
+    chunk: Box
+    common: Box  # the part of the chunk that is wanted
+    target: Tensor  # where it goes: the view of the local shard, of common's sizes
+
+
+def _jobs(directory: Path, metadata: Metadata, name: str, tensor: Tensor) -> Iterator[_Job]:
+    local, box = local_part(tensor)
+    stored = metadata.state_dict_metadata[name]
+    assert isinstance(stored, TensorStorageMetadata)
+    filled = 0
+    for piece in stored.chunks:
+        chunk = Box(tuple(piece.offsets), tuple(piece.sizes))
+        common = box.overlap(chunk)
+        if common is None:
+            continue
+        filled += common.volume
+        info = metadata.storage_data.get(MetadataIndex(name, piece.offsets))
+        if info is None:
+            raise IntegrityError(
+                f"`{directory}` does not say where {name} at {chunk.offsets} is stored", path=directory, rank_local=True
+            )
+        target = local[common.slices_in(box)] if common.sizes else local
+        yield _Job(name, info.relative_path, info.offset, info.length, stored.properties.dtype, chunk, common, target)
+    if filled != box.volume:
+        raise IntegrityError(
+            f"`{directory}` stores {filled} of the {box.volume} numbers wanted of {name}",
             path=directory,
-            files=[info.relative_path],
             rank_local=True,
         )
 
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if info.offset < 0 or info.length <= 0 or info.offset + info.length > size:
-                raise damaged(f"bytes {info.offset} to {info.offset + info.length} of a file of {size}")
-            file.seek(info.offset)
-            content = file.read(info.length)
-    except FileNotFoundError:
-        raise damaged("the file is missing") from None
-    except OSError as error:
-        raise StorageError(f"`{path}` cannot be read: {error}", path=directory, rank_local=True) from None
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            broken = archive.testzip()  # reads every record and compares its CRC, which torch.load does not
-        if broken is not None:
-            raise damaged(f"record {broken} does not have its stored CRC32")
-        values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except IntegrityError:
-        raise
-    except Exception as error:  # what a broken archive raises has no common type: zip, pickle and torch each have theirs
-        raise damaged(f"not a torch.save archive ({error})") from None
-    if not isinstance(values, Tensor) or tuple(values.shape) != box.sizes or values.dtype != dtype:
-        raise damaged("it holds something else than the index says")
-    return values
+
+class _Files:
+    """The data files of one directory, opened once each, with their block sums."""
+
+    def __init__(self, directory: Path, manifest: Manifest | None) -> None:
+        self._directory, self._manifest = directory, manifest
+        self._open: dict[str, tuple[int, int, BlockSums | None]] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd, _size, _sums in self._open.values():
+            os.close(fd)
+
+    def read(self, job: _Job) -> int:
+        """Read one job's part into its target. Returns the bytes read."""
+        try:
+            fd, size, sums = self._file(job)
+            if job.offset < 0 or job.length <= 0 or job.offset + job.length > size:
+                raise self._damaged(job, f"bytes {job.offset} to {job.offset + job.length} of a file of {size}")
+            if sums is None:
+                return self._read_archive(job, fd)
+            return self._read_rows(job, fd, sums)
+        except EOFError:
+            raise self._damaged(job, "the file ends early") from None
+        except OSError as error:
+            raise StorageError(
+                f"`{self._directory / job.file}` cannot be read: {error.strerror or error}",
+                path=self._directory,
+                rank_local=True,
+            ) from None
+
+    def _file(self, job: _Job) -> tuple[int, int, BlockSums | None]:
+        if job.file not in self._open:
+            try:
+                fd = os.open(self._directory / job.file, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise self._damaged(job, "the file is missing") from None
+            size = os.fstat(fd).st_size
+            self._open[job.file] = (fd, size, None)
+            if self._manifest is not None:
+                self._open[job.file] = (fd, size, self._sums(job, size))
+        return self._open[job.file]
+
+    def _sums(self, job: _Job, size: int) -> BlockSums:
+        assert self._manifest is not None
+        entry = self._manifest.files.get(job.file)
+        sidecar = self._manifest.files.get(job.file + SUFFIX)
+        if entry is None or sidecar is None or entry.bytes != size:
+            raise self._damaged(job, "the manifest does not know it in this form")
+        return read_sums(self._directory, job.file + SUFFIX, sidecar, size)
+
+    def _read_rows(self, job: _Job, fd: int, sums: BlockSums) -> int:
+        """Ours: only the rows that are wanted, each block checked, straight into the target where its memory allows."""
+
+        def fail(block: int) -> IntegrityError:
+            return self._damaged(job, f"block {block} ({sums.block_bytes * block} bytes in) does not have its CRC32")
+
+        head = archive.head(job.dtype, job.chunk.sizes)
+        found = bytearray(len(head))
+        read = read_checked(fd, sums, job.offset, memoryview(found), fail)
+        if found != head:
+            raise self._damaged(job, "it does not begin as a chunk of this dtype and shape")
+        row_bytes = prod(job.chunk.sizes[1:]) * job.dtype.itemsize
+        first = job.common.offsets[0] - job.chunk.offsets[0] if job.chunk.sizes else 0
+        rows = job.common.sizes[0] if job.chunk.sizes else 1
+        start = job.offset + len(head) + first * row_bytes
+        target = job.target
+        whole_rows = job.common.sizes[1:] == job.chunk.sizes[1:]
+        direct = whole_rows and target.dtype == job.dtype and target.device.type == "cpu" and target.is_contiguous()
+        values = target if direct else torch.empty((rows, *job.chunk.sizes[1:]), dtype=job.dtype)
+        read += read_checked(fd, sums, start, bytes_of(values), fail)
+        if not direct:
+            columns = tuple(
+                slice(o - base, o - base + s)
+                for o, base, s in zip(job.common.offsets[1:], job.chunk.offsets[1:], job.common.sizes[1:], strict=True)
+            )
+            target.copy_(values[(slice(None), *columns)] if job.chunk.sizes else values[0])
+        return read
+
+    def _read_archive(self, job: _Job, fd: int) -> int:
+        """Foreign: the whole chunk, a torch.save archive whose every record's CRC32 is checked."""
+        content = bytearray(job.length)
+        read_full(fd, [memoryview(content)], job.offset)
+        try:
+            with zipfile.ZipFile(io.BytesIO(content)) as zipped:
+                broken = zipped.testzip()  # reads every record and compares its CRC, which torch.load does not
+            if broken is not None:
+                raise self._damaged(job, f"record {broken} does not have its stored CRC32")
+            values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except (IntegrityError, OSError):
+            raise
+        except Exception as error:  # a broken archive raises what zip, pickle and torch each have, with no common type
+            raise self._damaged(job, f"not a torch.save archive of a tensor ({error})") from None
+        if not isinstance(values, Tensor) or tuple(values.shape) != job.chunk.sizes or values.dtype != job.dtype:
+            raise self._damaged(job, "it holds something else than the index says")
+        job.target.copy_(values[job.common.slices_in(job.chunk)] if job.chunk.sizes else values)
+        return job.length
+
+    def _damaged(self, job: _Job, reason: str) -> IntegrityError:
+        return IntegrityError(
+            f"`{self._directory / job.file}` is damaged: {job.name} at {job.chunk.offsets}: {reason}",
+            path=self._directory,
+            files=[job.file],
+            rank_local=True,
+        )

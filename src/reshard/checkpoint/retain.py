@@ -24,7 +24,11 @@ def retain(folder: Path, keep_latest_k: int, *, protected: Path | None = None) -
         return []
     committed = [e for e in entries(folder) if e.manifest is not None]
     full = [e for e in committed if e.manifest is not None and e.manifest.kind == "full"]
-    keep = {e.path for e in committed[-keep_latest_k:]} | {e.path for e in full[-1:]} | {e.path for e in committed if e.step == 0}
+    keep = (
+        {e.path for e in committed[-keep_latest_k:]}
+        | {e.path for e in full[-1:]}
+        | {e.path for e in committed if e.step == 0}
+    )
     if protected is not None:
         keep.add(protected)
     deleted = []
@@ -37,7 +41,9 @@ def retain(folder: Path, keep_latest_k: int, *, protected: Path | None = None) -
             os.rename(entry.path, doomed)
             shutil.rmtree(doomed)
         except OSError as error:
-            logger.warning("could not delete %s: %s", entry.path, error)  # the run matters more than the disk's tidiness
+            logger.warning(
+                "could not delete %s: %s", entry.path, error
+            )  # the run matters more than the disk's tidiness
             continue
         deleted.append(entry.path)
     return deleted

@@ -97,7 +97,7 @@ def save_weights(
         temporary = temporary_directory(directory, save_id)
         written = [write_pieces(temporary, "__0_0.distcp", counted())]
         entries_of = check_coverage([offer])
-        paths = {fqn: (fqn,) for fqn in entries_of}
+        paths: dict[str, tuple[str, ...]] = {fqn: (fqn,) for fqn in entries_of}
         return _finish(temporary, directory, about, entries_of, paths, written, [(paths, offer)])
     except BaseException as error:
         remove_temporary(directory)
@@ -112,7 +112,9 @@ def refuse_existing(directory: Path) -> None:
         return
     if not directory.is_dir() or any(directory.iterdir()):
         raise NotACheckpoint(
-            f"`{directory}` exists already, nothing was written", path=directory, hint=f"choose another name, or remove it: rm -r {directory}"
+            f"`{directory}` exists already, nothing was written",
+            path=directory,
+            hint=f"choose another name, or remove it: rm -r {directory}",
         )
     directory.rmdir()
 
@@ -160,7 +162,9 @@ def _check_results(directory: Path, stored: list[Stored], files: dict[str, FileE
     for name, entry in files.items():
         size = (directory / name).stat().st_size
         if size != entry.bytes:
-            raise OSError(errno.EIO, f"{name} has {size} bytes on disk, {entry.bytes} were written", str(directory / name))
+            raise OSError(
+                errno.EIO, f"{name} has {size} bytes on disk, {entry.bytes} were written", str(directory / name)
+            )
 
 
 def _next_sequence(directory: Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class Box:
     def within(self, shape: tuple[int, ...]) -> bool:
         """Does it lie inside of a tensor of this shape?"""
         return len(shape) == len(self.offsets) == len(self.sizes) and all(
-            0 <= o and 0 <= s and o + s <= n for o, s, n in zip(self.offsets, self.sizes, shape, strict=True)
+            o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(self.offsets, self.sizes, shape, strict=True)
         )
 
     def overlap(self, other: Box) -> Box | None:
@@ -84,7 +85,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_from_name(name: str) -> torch.dtype:
-    """"bfloat16" -> torch.bfloat16."""
+    """ "bfloat16" -> torch.bfloat16."""
     dtype = getattr(torch, name, None)
     assert isinstance(dtype, torch.dtype), name
     return dtype
@@ -105,8 +106,12 @@ def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
     """This rank's numbers and the box that they fill; an empty shard has an empty box."""
     if isinstance(tensor, DTensor):
         # DCP's own protocol method of DTensor, not a public name; tested on torch 2.13.0.
-        chunks = tensor.__create_chunk_list__()
-        box = Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes)) if chunks else Box((0,) * tensor.ndim, (0,) * tensor.ndim)
+        chunks = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+        box = (
+            Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes))
+            if chunks
+            else Box((0,) * tensor.ndim, (0,) * tensor.ndim)
+        )
         return tensor.to_local().detach(), box
     return tensor.detach(), Box((0,) * tensor.ndim, tuple(tensor.shape))
 
@@ -129,6 +134,12 @@ def pieces_of(fqn: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Ite
             dtype=dtype_name(stored),
             read=_reader_of(local[cut.slices_in(box)] if tensor.ndim else local, stored),
         )
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, whatever its dtype. Keeps the tensor alive; no copy."""
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def _reader_of(part: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -1,21 +1,19 @@
 """How do pieces become bytes? A plan that all ranks agree on, then one DCP data file per rank.
 
-A data file is a run of small torch.save archives, one per chunk, exactly as torch's own FileSystemWriter lays them
-out. The CRC of the file is computed as the bytes pass.
+A data file is a run of small torch.save archives, one per chunk, which torch's own FileSystemReader reads. The CRCs of
+file, blocks and chunks are computed as the bytes pass.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from isal import isal_zlib
-
+from reshard.checkpoint import archive
+from reshard.checkpoint.blocks import BlockWriter
 from reshard.checkpoint.manifest import FileEntry, TensorEntry
-from reshard.checkpoint.state import Box, Piece
+from reshard.checkpoint.state import Box, Piece, bytes_of, dtype_from_name
 
 
 @dataclass(frozen=True)
@@ -101,62 +99,35 @@ def check_coverage(offers: Iterable[Iterable[Planned]]) -> dict[str, TensorEntry
     return entries
 
 
-class _Tally:
-    """A file that is only appended to, with the length and CRC32 of what went in."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "xb")  # noqa: SIM115  closed by the owner; never opens what is already there
-        self.bytes, self.crc = 0, 0
-
-    def write(self, data: bytes) -> int:
-        self._file.write(data)
-        self.crc = isal_zlib.crc32(data, self.crc)
-        self.bytes += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """torch.save calls it after each archive; the disk is only waited for once, at the end."""
-
-    def close(self) -> None:
-        """Flush to the disk itself, then close."""
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
-
-    def abandon(self) -> None:
-        """Close without a promise."""
-        self._file.close()
-
-
 def write_pieces(directory: Path, file_name: str, pieces: Iterable[Piece]) -> Written:
-    """Write pieces, one after the other, into one new file. Raises OSError as the disk does.
+    """Write pieces, one after the other, into one new file and its sidecar. Raises OSError as the disk does.
 
-    Memory: one piece at a time. The file is fsynced; the directory is not, that is the commit's.
+    Memory: one piece at a time, and for a tensor on CPU not even that: its numbers go to the file from where they are.
+    Both files are fsynced; the directory is not, that is the commit's.
     """
     stored: list[Stored] = []
-    tally: _Tally | None = None
+    out: BlockWriter | None = None
     try:
         for piece in pieces:
-            tally = tally or _Tally(directory / file_name)  # a rank with nothing to write leaves no empty file
-            start = tally.bytes
-            _save_tensor(piece, tally)
-            stored.append(Stored(piece.fqn, piece.box, file_name, start, tally.bytes - start))
+            out = out or BlockWriter(directory / file_name)  # a rank with nothing to write leaves no empty file
+            out.append(bytes(-out.bytes % archive.ALIGNMENT))  # so that the numbers are aligned in the file, too
+            start = out.bytes
+            _append_tensor(piece, out)
+            stored.append(Stored(piece.fqn, piece.box, file_name, start, out.bytes - start))
     except BaseException:
-        if tally is not None:
-            tally.abandon()
+        if out is not None:
+            out.abandon()
         raise
-    if tally is None:
+    if out is None:
         return Written([], {})
-    tally.close()
-    return Written(stored, {file_name: FileEntry(tally.bytes, f"{tally.crc:08x}")})
+    return Written(stored, out.close())
 
 
-def _save_tensor(piece: Piece, out: _Tally) -> None:
+def _append_tensor(piece: Piece, out: BlockWriter) -> None:
     tensor = piece.read()
     assert tuple(tensor.shape) == piece.sizes, f"{piece.fqn}: read {tuple(tensor.shape)}, planned {piece.sizes}"
-    # torch.save stores the whole storage behind a view: a slice must be copied out first.
-    if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.itemsize:
-        tensor = tensor.contiguous().clone()
-    torch.save(tensor, out)
+    assert tensor.dtype == dtype_from_name(piece.dtype), f"{piece.fqn}: read {tensor.dtype}, planned {piece.dtype}"
+    out.append(archive.head(tensor.dtype, piece.sizes))
+    # Kept by reference until it is written; a strided slice has to be copied together first.
+    crc = out.append(bytes_of(tensor.contiguous()))
+    out.append(archive.tail(tensor.dtype, piece.sizes, crc))

@@ -1,0 +1,1 @@
+"""What may one ask? One verb, one file; this is where rooms are joined."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from reshard.checkpoint.layout import step_directory
 from reshard.checkpoint.lock import own_folder
@@ -31,7 +34,8 @@ def seed(config: Config) -> Path:
     place = place_from_environment()
     if place.world_size != 1:
         raise LayoutError(
-            f"a seed checkpoint is made by one process, but {place.world_size} were started", hint="NGPU=1, or `reshard seed`"
+            f"a seed checkpoint is made by one process, but {place.world_size} were started",
+            hint="NGPU=1, or `reshard seed`",
         )
     resolve_layout(config, 1)  # refuses degrees above 1
     spec = spec_of(config)
@@ -65,7 +69,10 @@ def seed_pieces(spec: LlamaSpec, rng_seed: int, dtype: str) -> Iterator[Piece]:
                 offsets=cut.offsets,
                 sizes=cut.sizes,
                 dtype=dtype,
-                read=lambda origin=origin, cut=cut: initial_rows(
-                    spec, rng_seed, origin, cut.offsets[0], cut.offsets[0] + cut.sizes[0]
-                ).to(dtype_from_name(dtype)),
+                read=partial(_rows, spec, rng_seed, origin, cut, dtype),
             )
+
+
+def _rows(spec: LlamaSpec, rng_seed: int, name: str, cut: Box, dtype: str) -> Tensor:
+    start = cut.offsets[0]
+    return initial_rows(spec, rng_seed, name, start, start + cut.sizes[0]).to(dtype_from_name(dtype))

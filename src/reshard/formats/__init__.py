@@ -1,0 +1,1 @@
+"""How do others write it? Other people's bytes, read lazily."""

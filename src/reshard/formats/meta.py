@@ -1,9 +1,9 @@
 """What did Meta release? params.json and consolidated.00.pth to consolidated.NN.pth: one model, cut for NN+1 GPUs.
 
 Each file is a flat dict of the same names. Which tensors are cut, and along which dim, follows from the shapes: Llama 3
-cuts the embedding by vocabulary, Llama 1 and 2 by width, and what is not cut (the norms) must be the same in every file.
-Releases for more GPUs than there are KV heads hold every KV head several times (405B in 16 files): the copies are compared
-and dropped.
+cuts the embedding by vocabulary, Llama 1 and 2 by width, and what is not cut (the norms) must be the same everywhere.
+Releases for more GPUs than there are KV heads hold every KV head several times (405B in 16 files): the copies are
+compared and dropped.
 Sources: meta-llama's llama3/llama/model.py; llama-models' checkpoint.py (`reshard_mp`) and sku_list.py.
 """
 
@@ -34,13 +34,15 @@ log = logging.getLogger(__name__)
 
 PARAMS = "params.json"
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth", re.ASCII)
-_EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
-_WQ, _WK, _WV, _W1 = (f"layers.0.{w}.weight" for w in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1"))
+_EMBEDDING, _NORM, _OUTPUT = "tok_embeddings.weight", "norm.weight", "output.weight"
+_WQ, _WK, _WV, _W1 = (
+    f"layers.0.{w}.weight" for w in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1")
+)
 
 # Fields of params.json: those that decide the arithmetic, and those that only sized somebody's buffers.
 _USED = {
-    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "ffn_dim_multiplier", "multiple_of", "norm_eps",
-    "rope_theta", "use_scaled_rope",
+    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "ffn_dim_multiplier", "multiple_of",
+    "norm_eps", "rope_theta", "use_scaled_rope",
 }  # fmt: skip
 _WITHOUT_EFFECT = {"max_seq_len", "max_batch_size", "model_parallel_size"}
 
@@ -48,7 +50,7 @@ _WITHOUT_EFFECT = {"max_seq_len", "max_batch_size", "model_parallel_size"}
 def open_meta(path: Path | str) -> Source:
     """Which model lies in a Meta directory? `path` holds params.json and the shards, or has them in `original/`.
 
-    Reads every file's index, the norms, and the start of the KV heads; nothing else. The tensors keep the files' dtypes.
+    Reads every file's index, the norms, and the start of the KV heads. The tensors keep the files' dtypes.
     Raises FormatError or TensorMismatch naming the file or tensor: no params.json, a shard missing, extra or of another
     release, shapes against params.json, tensors that should be equal in all files and are not, unknown names, quantised
     weights.
@@ -98,7 +100,7 @@ def _shard_files(directory: Path) -> list[Path]:
     """consolidated.00.pth to consolidated.NN.pth, without a hole. Files of other names are not ours to judge."""
     if scales := sorted(p.name for p in directory.glob("fp8_scales*")):
         raise FormatError(
-            f"{directory} is an fp8 release ({scales[0]}): its weights are quantised and cannot be trained or kept exactly",
+            f"{directory} is an fp8 release ({scales[0]}): quantised weights cannot be kept",
             path=directory,
             hint="use the bf16 release of the same model (bf16-mp8 or bf16-mp16)",
         )
@@ -106,18 +108,20 @@ def _shard_files(directory: Path) -> list[Path]:
     strange = [p.name for p in candidates if not _SHARD.fullmatch(p.name)]
     if strange:
         raise FormatError(
-            f"{directory} has {listed(strange)}, expected files consolidated.00.pth, consolidated.01.pth, ... and no others",
+            f"{directory} has {listed(strange)}, expected consolidated.00.pth, consolidated.01.pth, ... only",
             path=directory / strange[0],
             hint="finish the download, or move files of another model away",
         )
     if not candidates:
-        raise FormatError(f"{directory} has {PARAMS}, but no consolidated.00.pth", path=directory, hint="download the weights")
+        raise FormatError(
+            f"{directory} has {PARAMS}, but no consolidated.00.pth", path=directory, hint="download the weights"
+        )
     numbers = [int(p.name[13:15]) for p in candidates]
     missing = sorted(set(range(max(numbers) + 1)) - set(numbers))
     if missing:
         raise FormatError(
-            f"{directory} lacks {listed(map(_shard_name, missing))}: expected the shards 00 to {max(numbers):02d} without a "
-            f"hole, got {len(numbers)} of them",
+            f"{directory} lacks {listed(map(_shard_name, missing))}: expected the shards 00 to {max(numbers):02d} without "
+            f"a hole, got {len(numbers)} of them",
             path=directory / _shard_name(missing[0]),
             hint="download the missing file",
         )
@@ -145,7 +149,9 @@ def _read_params(file: Path) -> dict[str, Any]:
     if isinstance(params, dict) and isinstance(params.get("model"), dict):
         params = params["model"]
     if not isinstance(params, dict):
-        raise FormatError(f"{file} holds a {type(params).__name__}, expected an object with dim, n_layers, ...", path=file)
+        raise FormatError(
+            f"{file} holds a {type(params).__name__}, expected an object with dim, n_layers, ...", path=file
+        )
     params = {key: value for key, value in params.items() if value is not None}
     unknown = sorted(set(params) - _USED - _WITHOUT_EFFECT)
     if unknown:
@@ -163,13 +169,17 @@ def _read_params(file: Path) -> dict[str, Any]:
     for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "multiple_of"):
         if key in params and not (type(params[key]) is int and 0 < params[key] < 2**31):
             raise FormatError(f"{file}: {key} is {params[key]!r}, expected a positive whole number", path=file)
+    if "head_dim" not in params and params["dim"] % params["n_heads"]:
+        raise FormatError(f"{file}: dim {params['dim']} does not divide into n_heads {params['n_heads']}", path=file)
     for key in ("ffn_dim_multiplier", "norm_eps", "rope_theta"):
         if key in params and not (type(params[key]) in (int, float) and 0 < params[key] < float("inf")):
             raise FormatError(f"{file}: {key} is {params[key]!r}, expected a positive number", path=file)
     if type(params.get("vocab_size", -1)) is not int:
         raise FormatError(f"{file}: vocab_size is {params['vocab_size']!r}, expected a whole number", path=file)
     if type(params.get("use_scaled_rope", False)) is not bool:
-        raise FormatError(f"{file}: use_scaled_rope is {params['use_scaled_rope']!r}, expected true or false", path=file)
+        raise FormatError(
+            f"{file}: use_scaled_rope is {params['use_scaled_rope']!r}, expected true or false", path=file
+        )
     return params
 
 
@@ -178,30 +188,43 @@ def _read_params(file: Path) -> dict[str, Any]:
 
 def _named(shard: PtFile, n_layers: int) -> dict[str, StoredTensor]:
     """The weights of one file under their canonical names, all of them and no others."""
-    quantised = {n: t.dtype for n, t in shard.tensors.items() if t.dtype not in WEIGHT_DTYPES and not t.dtype.startswith("complex")}
+    quantised = {name: t.dtype for name, t in shard.tensors.items() if t.dtype not in WEIGHT_DTYPES}
     if quantised:
         name, dtype = next(iter(quantised.items()))
         raise FormatError(
-            f"{shard.path}: {name} is {dtype}, expected one of {', '.join(WEIGHT_DTYPES)}: quantised weights cannot be kept",
+            f"{shard.path}: {name} is {dtype}, expected one of {', '.join(WEIGHT_DTYPES)}: quantised weights cannot be "
+            "kept",
             path=shard.path,
             hint="use the bf16 release of the same model",
         )
     try:
         names = canonical_names([*shard.tensors, *shard.others])
     except TensorMismatch as e:
-        raise TensorMismatch(f"{shard.path} is not a Llama of Meta's: {e.message}", path=shard.path, hint=e.hint) from None
+        raise TensorMismatch(
+            f"{shard.path} is not a Llama of Meta's: {e.message}", path=shard.path, hint=e.hint
+        ) from None
     part = {canonical: shard.tensors[name] for name, canonical in names.items() if name in shard.tensors}
     expected = _all_names(n_layers)
     missing = [name for name in expected if name not in part and name != _OUTPUT]
     unexpected = sorted(set(part) - set(expected))
-    if missing or unexpected:
+    wrong = {
+        name: (f"{_n_dims(name)} dims", str(list(part[name].shape)))
+        for name in expected
+        if name in part and len(part[name].shape) != _n_dims(name)
+    }
+    if missing or unexpected or wrong:
         raise TensorMismatch(
             f"{shard.path} has not the tensors of the {n_layers} layers that {PARAMS} says",
             path=shard.path,
             missing=missing,
             unexpected=unexpected,
+            wrong=wrong,
         )
     return part
+
+
+def _n_dims(name: str) -> int:
+    return 1 if name.endswith("norm.weight") else 2
 
 
 def _all_names(n_layers: int) -> list[str]:
@@ -237,9 +260,17 @@ def _described(tensor: StoredTensor) -> str:
     return f"{list(tensor.shape)} {tensor.dtype}"
 
 
-def _check_count(shards: Sequence[PtFile], parts: Sequence[Mapping[str, StoredTensor]], params: Mapping[str, Any]) -> None:
+def _check_count(
+    shards: Sequence[PtFile], parts: Sequence[Mapping[str, StoredTensor]], params: Mapping[str, Any]
+) -> None:
     """Are these all the files? The rows of wq say how many there were."""
     directory, got = shards[0].path.parent, len(shards)
+    if parts[0][_NORM].shape != (params["dim"],):
+        raise TensorMismatch(
+            f"{shards[0].path} is of another width than {PARAMS} says",
+            path=shards[0].path,
+            wrong={_NORM: (str([params["dim"]]), str(list(parts[0][_NORM].shape)))},
+        )
     head_dim = params.get("head_dim", params["dim"] // params["n_heads"])
     rows, part = params["n_heads"] * head_dim, parts[0][_WQ].shape[0]
     if part == 0 or rows % part:
@@ -248,8 +279,8 @@ def _check_count(shards: Sequence[PtFile], parts: Sequence[Mapping[str, StoredTe
     if got < expected:
         missing = [_shard_name(i) for i in range(got, expected)]
         raise FormatError(
-            f"{directory} lacks {listed(missing)}: {_WQ} has {part} of {rows} rows in each file, so there were {expected} "
-            f"files, got {got}",
+            f"{directory} lacks {listed(missing)}: {_WQ} has {part} of {rows} rows in each file, so there were "
+            f"{expected} files, got {got}",
             path=directory / missing[0],
             hint="download the missing file",
         )
@@ -294,8 +325,9 @@ def _spec(
         formula = ffn_dim_from_params(spec.dim, params.get("ffn_dim_multiplier"), params["multiple_of"])
         if formula != spec.ffn_dim:
             raise FormatError(
-                f"{_W1} has {spec.ffn_dim} rows in {count} file{'s' * (count > 1)}, {file} means {formula} (dim "
-                f"{spec.dim}, ffn_dim_multiplier {params.get('ffn_dim_multiplier')}, multiple_of {params['multiple_of']})",
+                f"{_W1} has {spec.ffn_dim} rows in {count} file{'s' * (count > 1)}, {file} means {formula} "
+                f"(dim {spec.dim}, ffn_dim_multiplier {params.get('ffn_dim_multiplier')}, "
+                f"multiple_of {params['multiple_of']})",
                 path=file,
             )
     return spec, repeats
@@ -323,8 +355,8 @@ def _kv_heads(
     if copies == 1:
         if announced < stored:
             raise FormatError(
-                f"{shards[0].path.parent} holds {stored} KV heads in {count} files, {file.name} says {announced}, but the "
-                f"heads in {shards[0].path.name} and {shards[1].path.name} are not copies of one",
+                f"{shards[0].path.parent} holds {stored} KV heads in {count} files, {file.name} says {announced}, but "
+                f"the heads in {shards[0].path.name} and {shards[1].path.name} are not copies of one",
                 path=shards[0].path,
             )
         return announced, 1
@@ -366,7 +398,10 @@ def _whole(
         part = parts[0][name]
         dim = _cut_dim(part.shape, shape, len(chosen))
         if dim is None:
-            wrong[name] = (f"{list(shape)} in {len(chosen)} file{'s' * (len(chosen) > 1)}", f"{list(part.shape)} in each")
+            wrong[name] = (
+                f"{list(shape)} in {len(chosen)} file{'s' * (len(chosen) > 1)}",
+                f"{list(part.shape)} in each",
+            )
             continue
         if dim < 0:
             for i in range(1, len(parts)):
@@ -408,11 +443,16 @@ _CUT_DIM = {
 
 
 def write_meta(
-    directory: Path | str, state_dict: Mapping[str, torch.Tensor], spec: LlamaSpec, shards: int = 1, *, embedding_dim: int = 0
+    directory: Path | str,
+    state_dict: Mapping[str, torch.Tensor],
+    spec: LlamaSpec,
+    shards: int = 1,
+    *,
+    embedding_dim: int = 0,
 ) -> None:
     """Write a model as Meta does: params.json and `shards` files, made whole before they appear.
 
-    state_dict: canonical names; a tied model may leave out output.weight, it is written as a second name of the embedding.
+    state_dict: canonical names; a tied model's output.weight is written as a second name of the embedding.
     shards: more than KV heads is allowed, every head is then written several times, as Meta's 405B in 16 files.
     embedding_dim: 0 as Llama 3 cuts the embedding, 1 as Llama 1 and 2 did.
     Holds one shard in memory. Raises FormatError where the directory is not empty, TensorMismatch where the tensors are
@@ -431,20 +471,20 @@ def write_meta(
     temporary.mkdir(parents=True)
     try:
         for i in range(shards):
-            names = [name for name in parameter_shapes(spec) if name != _OUTPUT]
-            part = {name: _cut(name, state_dict[name], i, shards, spec, embedding_dim) for name in names}
-            part[_OUTPUT] = (
-                part[_EMBEDDING]
-                if spec.tied and embedding_dim == 0
-                else _cut(_OUTPUT, state_dict[_EMBEDDING if spec.tied else _OUTPUT], i, shards, spec, 0)
-            )
+            part = {
+                name: _cut(name, state_dict[name], (i, shards), spec.n_kv_heads, embedding_dim)
+                for name in parameter_shapes(spec)
+            }
+            if spec.tied:  # as released: two names of one storage, where both are cut alike
+                whole = state_dict[_EMBEDDING]
+                part[_OUTPUT] = part[_EMBEDDING] if embedding_dim == 0 else _cut(_OUTPUT, whole, (i, shards), 0, 0)
             with (temporary / _shard_name(i)).open("wb") as stream:
                 torch.save(part, stream)
                 _flush(stream)
         with (temporary / PARAMS).open("w", encoding="utf-8") as text:
             json.dump(params, text, indent=1)
             _flush(text)
-        os.replace(temporary, directory)  # an empty directory in its place is replaced
+        temporary.replace(directory)  # an empty directory in its place is replaced
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -467,18 +507,22 @@ def _check_state_dict(state_dict: Mapping[str, torch.Tensor], spec: LlamaSpec, d
     unexpected = sorted(set(state_dict) - known)
     if missing or unexpected or wrong:
         raise TensorMismatch(
-            "the tensors are not those of the model", path=directory, missing=missing, unexpected=unexpected, wrong=wrong
+            "the tensors are not those of the model",
+            path=directory,
+            missing=missing,
+            unexpected=unexpected,
+            wrong=wrong,
         )
 
 
-def _cut(name: str, tensor: torch.Tensor, index: int, shards: int, spec: LlamaSpec, embedding_dim: int) -> torch.Tensor:
-    """Part number `index` of a tensor, in a storage of its own."""
-    row = row_of(name)
+def _cut(name: str, tensor: torch.Tensor, part: tuple[int, int], n_kv_heads: int, embedding_dim: int) -> torch.Tensor:
+    """Part (index, of how many) of a tensor, in a storage of its own."""
+    row, (index, shards) = row_of(name), part
     dim = embedding_dim if name == _EMBEDDING else _CUT_DIM.get(row)
     if dim is None:
         return tensor.clone()
-    if row in (row_of(_WK), row_of(_WV)) and shards > spec.n_kv_heads:
-        index, shards = index * spec.n_kv_heads // shards, spec.n_kv_heads
+    if row in (row_of(_WK), row_of(_WV)) and shards > n_kv_heads:
+        index, shards = index * n_kv_heads // shards, n_kv_heads
     if tensor.shape[dim] % shards:
         raise LayoutError(f"{name} {list(tensor.shape)} cannot be cut into {shards} files along dim {dim}")
     extent = tensor.shape[dim] // shards
@@ -493,11 +537,12 @@ def params_of(spec: LlamaSpec, shards: int = 1) -> dict[str, Any]:
     """
     if spec.rope_scaling is not None and spec.rope_scaling != scaling_of_release(spec.dim):
         raise ConfigError(
-            f"params.json cannot say a RoPE scaling of {spec.rope_scaling}, readers assume {scaling_of_release(spec.dim)} "
-            f"for dim {spec.dim}"
+            f"params.json cannot say {spec.rope_scaling}, readers assume {scaling_of_release(spec.dim)} for dim {spec.dim}"
         )
     if spec.head_dim * spec.n_heads != spec.dim:
-        raise ConfigError(f"params.json cannot say a head_dim of {spec.head_dim}, readers assume {spec.dim // spec.n_heads}")
+        raise ConfigError(
+            f"params.json cannot say a head_dim of {spec.head_dim}, readers assume {spec.dim // spec.n_heads}"
+        )
     multiplier, multiple_of = _ffn_params(spec.dim, spec.ffn_dim)
     params: dict[str, Any] = {
         "dim": spec.dim,
@@ -515,7 +560,7 @@ def params_of(spec: LlamaSpec, shards: int = 1) -> dict[str, Any]:
 
 
 def _ffn_params(dim: int, ffn_dim: int) -> tuple[float | None, int]:
-    """ffn_dim_multiplier and multiple_of that mean `ffn_dim`; those of the releases where they do."""
+    """ffn_dim_multiplier and multiple_of that mean `ffn_dim`, round ones where there are."""
     for multiple_of in (4096, 1024, 256, 64, 32, 16, 8):
         for multiplier in (None, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5):
             if ffn_dim_from_params(dim, multiplier, multiple_of) == ffn_dim:

@@ -1,8 +1,8 @@
 """How does a foreign checkpoint look from here? Tensors that are indexed, and read a few rows at a time.
 
 A Source maps canonical names to LazyTensors. Opening one reads headers only; a read copies the rows that were asked for
-and nothing else, so memory is the reader's choice, not a function of the model. Most tensors are StoredTensors: blocks of
-bytes that lie in files (a Meta tensor in eight shards is eight blocks). No torch until a tensor is read.
+and nothing else, so memory is the reader's choice, not a function of the model. Most tensors are StoredTensors: blocks
+of bytes that lie in files (a Meta tensor in eight shards is eight blocks). No torch until a tensor is read.
 """
 
 from __future__ import annotations
@@ -42,10 +42,14 @@ class LazyTensor(Protocol):
     """One tensor of a foreign checkpoint that has not been read."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The canonical name."""
+        ...
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        ...
 
     @property
     def dtype(self) -> str:
@@ -53,7 +57,9 @@ class LazyTensor(Protocol):
         ...
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Of the whole tensor."""
+        ...
 
     def read(self, start_row: int = 0, stop_row: int | None = None, ledger: Ledger | None = None) -> torch.Tensor:
         """Rows [start_row, stop_row) of dim 0, on the CPU, contiguous, owned by the caller.
@@ -89,20 +95,22 @@ class Region:
 
     def read_into(self, buffer: NDArray[np.uint8], start: int) -> None:
         """Fill the buffer from byte `start` of the region. Raises FormatError where the file is gone or ends early."""
-        view = memoryview(buffer)
+        view = buffer.data
         if start < 0 or start + len(view) > self.nbytes:
             raise IndexError(f"bytes {start} to {start + len(view)} of a region of {self.nbytes}")
         position = self.offset + start
         try:
             with self.file.open("rb", buffering=0) as stream:
-                while len(view) and (count := os.preadv(stream.fileno(), [view], position)):  # at most 2 GiB a call
+                while view and (count := os.preadv(stream.fileno(), [view], position)):  # at most 2 GiB a call
                     view, position = view[count:], position + count
         except OSError as e:
-            raise FormatError(f"{self.file} cannot be read at byte {position:,}: {e.strerror}", path=self.file) from None
-        if len(view):
             raise FormatError(
-                f"{self.file} ends at byte {position:,}, expected {len(view):,} more: it was cut or replaced after it had "
-                "been opened",
+                f"{self.file} cannot be read at byte {position:,}: {e.strerror}", path=self.file
+            ) from None
+        if view:
+            raise FormatError(
+                f"{self.file} ends at byte {position:,}, expected {len(view):,} more: it was cut or replaced after it "
+                "had been opened",
                 path=self.file,
             )
 
@@ -117,9 +125,9 @@ class Region:
 
 
 def check_region(region: Region) -> None:
-    """Does a region still have the bytes that were written? Reads it once; without a stored CRC32 there is nothing to ask.
+    """Does a region still have the bytes that were written? Reads it once.
 
-    Raises FormatError naming the file and the place.
+    Without a stored CRC32 there is nothing to ask. Raises FormatError naming the file and the place.
     """
     _compare(region, region.sum(0, region.nbytes) if region.crc32 is not None else None)
 
@@ -193,17 +201,20 @@ class StoredTensor:
     def __post_init__(self) -> None:
         object.__setattr__(self, "row_bytes", prod(self.shape[1:]) * ITEM_BYTES[self.dtype])
         for block in self.blocks:
-            inside = block.row + block.rows <= self.rows and block.column + block.width <= self.row_bytes
-            assert inside and block.offset + block.rows * block.width <= block.region.nbytes, (self, block)
+            assert block.row + block.rows <= self.rows, (self, block)
+            assert block.column + block.width <= self.row_bytes, (self, block)
+            assert block.offset + block.rows * block.width <= block.region.nbytes, (self, block)
         covered = sum(block.rows * block.width for block in self.blocks)
         assert covered == self.nbytes, f"{self.name}: blocks cover {covered} of {self.nbytes} bytes"
 
     @property
     def rows(self) -> int:
+        """Extent of dim 0; a scalar has one row."""
         return self.shape[0] if self.shape else 1
 
     @property
     def nbytes(self) -> int:
+        """Of the whole tensor."""
         return self.rows * self.row_bytes
 
     def same_place(self, other: StoredTensor) -> bool:

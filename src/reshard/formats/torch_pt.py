@@ -92,10 +92,13 @@ def _records(stream: BinaryIO, path: Path, nbytes: int) -> tuple[dict[str, Regio
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError) as e:
         raise _not_a_zip(stream, path, nbytes) from e
-    pickles = [entry.filename for entry in entries if entry.filename.count("/") == 1 and entry.filename.endswith("/data.pkl")]
+    pickles = [
+        entry.filename for entry in entries if entry.filename.count("/") == 1 and entry.filename.endswith("/data.pkl")
+    ]
     if len(pickles) != 1:
         raise FormatError(
-            f"{path} is a zip, but not one of torch.save: expected one record <name>/data.pkl, got {len(pickles)}", path=path
+            f"{path} is a zip, but not one of torch.save: expected one record <name>/data.pkl, got {len(pickles)}",
+            path=path,
         )
     root = pickles[0].removesuffix("data.pkl")
     records: dict[str, Region] = {}
@@ -109,16 +112,24 @@ def _records(stream: BinaryIO, path: Path, nbytes: int) -> tuple[dict[str, Regio
 
 
 def _region(stream: BinaryIO, path: Path, nbytes: int, entry: zipfile.ZipInfo) -> Region:
-    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & _ENCRYPTED:
+    if (
+        entry.compress_type != zipfile.ZIP_STORED
+        or entry.compress_size != entry.file_size
+        or entry.flag_bits & _ENCRYPTED
+    ):
         raise FormatError(
             f"{path}: record `{entry.filename}` is compressed or encrypted, torch.save stores them as they are",
             path=path,
             hint="unpack the file and pack it again without compression: zip -0",
         )
     # The directory at the end has no padding, the header in front of the record has: only that one knows the place.
-    stream.seek(entry.header_offset)
-    header = stream.read(_LOCAL_HEADER.size)
-    signature, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header) if len(header) == _LOCAL_HEADER.size else (b"", 0, 0)
+    header = b""
+    if 0 <= entry.header_offset < nbytes:
+        stream.seek(entry.header_offset)
+        header = stream.read(_LOCAL_HEADER.size)
+    signature, name_bytes, extra_bytes = (
+        _LOCAL_HEADER.unpack(header) if len(header) == _LOCAL_HEADER.size else (b"", 0, 0)
+    )
     offset = entry.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
     if signature != b"PK\x03\x04" or offset + entry.file_size > nbytes:
         raise FormatError(
@@ -142,11 +153,14 @@ def _not_a_zip(stream: BinaryIO, path: Path, nbytes: int) -> FormatError:
         )
     if start.startswith(b"PK\x03\x04"):
         return FormatError(
-            f"{path} is truncated: it starts as a zip of torch.save, but after {nbytes:,} bytes its directory is missing",
+            f"{path} is truncated: it starts as a zip of torch.save, but its directory is not at the end "
+            f"({nbytes:,} bytes)",
             path=path,
             hint="copy or download this file again",
         )
-    return FormatError(f"{path} is not a file of torch.save: expected a zip, got {nbytes:,} bytes of something else", path=path)
+    return FormatError(
+        f"{path} is not a file of torch.save: expected a zip, got {nbytes:,} bytes of something else", path=path
+    )
 
 
 # -- the pickle
@@ -184,7 +198,9 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: A
     """torch's _rebuild_tensor_v2 and _v3 in place of the real ones; rest: requires_grad, hooks, in v3 the dtype."""
     if not isinstance(storage, _Storage) or not _natural(offset):
         raise ValueError("a tensor without a storage")
-    if not all(isinstance(dims, tuple) and len(dims) <= _MOST_DIMS and all(map(_natural, dims)) for dims in (shape, stride)):
+    if not all(
+        isinstance(dims, tuple) and len(dims) <= _MOST_DIMS and all(map(_natural, dims)) for dims in (shape, stride)
+    ):
         raise ValueError("a tensor without a shape")
     if len(shape) != len(stride):
         raise ValueError("a tensor with strides for another shape")
@@ -255,7 +271,8 @@ def _model_part(content: Any, path: Path) -> dict[str, Any]:
         raise FormatError(f"{path} holds {got}, expected a dict of named tensors", path=path)
     if not any(isinstance(value, _Tensor) for value in content.values()):
         raise FormatError(
-            f"{path} holds a dict without tensors, with the keys {', '.join(sorted(content)[:5]) or '(none)'}", path=path
+            f"{path} holds a dict without tensors, with the keys {', '.join(sorted(content)[:5]) or '(none)'}",
+            path=path,
         )
     return content
 
@@ -269,18 +286,18 @@ def _placed(name: str, tensor: _Tensor, path: Path, records: dict[str, Region], 
     storage_bytes = tensor.storage.items * (1 if tensor.storage.dtype is None else item)
     count = prod(tensor.shape)
     first, size = tensor.offset * item, count * item
-    if storage_bytes > region.nbytes or first + size > storage_bytes:
-        raise FormatError(
-            f"{path}: {name} {list(tensor.shape)} {tensor.dtype} needs bytes {first:,} to {first + size:,} of a storage of "
-            f"{storage_bytes:,}, in a record of {region.nbytes:,} bytes",
-            path=path,
-        )
     if count and not _contiguous(tensor.shape, tensor.stride):
         raise FormatError(
-            f"{path}: {name} {list(tensor.shape)} is stored with strides {list(tensor.stride)}, expected its rows one after "
-            "the other",
+            f"{path}: {name} {list(tensor.shape)} is stored with strides {list(tensor.stride)}, expected its rows one "
+            "after the other",
             path=path,
             hint="save it again with .contiguous() on every tensor",
+        )
+    if storage_bytes > region.nbytes or first + size > storage_bytes:
+        raise FormatError(
+            f"{path}: {name} {list(tensor.shape)} {tensor.dtype} needs bytes {first:,} to {first + size:,} of a storage "
+            f"of {storage_bytes:,}, in a record of {region.nbytes:,} bytes",
+            path=path,
         )
     rows = tensor.shape[0] if tensor.shape else 1
     block = Block(region, first, row=0, rows=rows, column=0, width=size // rows if rows else 0)

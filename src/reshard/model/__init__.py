@@ -1,0 +1,1 @@
+"""What is a Llama? Its shapes, names and arithmetic; nothing here knows of ranks or files."""

@@ -36,6 +36,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D), in x's dtype."""
         normed = F.rms_norm(x_BSD.to(upcast(x_BSD.dtype)), (x_BSD.shape[-1],), None, self.eps)
         return normed.to(x_BSD.dtype) * self.weight
 
@@ -60,6 +61,7 @@ class Attention(nn.Module):
         self.attend: Attend = causal_attention
 
     def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D). cos, sin: (S, E / 2), the rotary table of these positions."""
         q_BSHE = self.wq(x_BSD).unflatten(-1, (-1, self.head_dim))
         k_BSKE = self.wk(x_BSD).unflatten(-1, (-1, self.head_dim))
         v_BSKE = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
@@ -78,6 +80,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(spec.dim, spec.ffn_dim, bias=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
         return cast(Tensor, self.w2(F.silu(self.w1(x_BSD)) * self.w3(x_BSD)))
 
 
@@ -95,6 +98,7 @@ class Block(nn.Module):
         self.recompute: dict[str, Any] | None = None
 
     def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`compute`, now or again in backward."""
         if self.recompute is None or not torch.is_grad_enabled():
             return self.compute(x_BSD, cos, sin)
         return cast(Tensor, checkpoint(self.compute, x_BSD, cos, sin, use_reentrant=False, **self.recompute))
@@ -102,13 +106,14 @@ class Block(nn.Module):
     def compute(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The layer itself: both residual branches."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin)
-        return x_BSD + self.feed_forward(self.ffn_norm(x_BSD))
+        return cast(Tensor, x_BSD + self.feed_forward(self.ffn_norm(x_BSD)))
 
 
 class TiedOutput(nn.Module):
     """The output projection of a tied model: a module without parameters, so that the embedding exists once."""
 
     def forward(self, x_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+        """(B, S, D) and the embedding (V, D) -> logits (B, S, V)."""
         return F.linear(x_BSD, weight_VD)
 
 

@@ -1,8 +1,8 @@
 """What do others call a tensor? Our names are Meta's; each dialect is a table of somebody else's. Imports no torch.
 
 A row stands for all layers: LAYER is the place of the number.
-Sources: meta-llama's llama3/llama/model.py; torchtitan's git history (prefix `model.` until July 2025, `freqs_cis` saved
-until August 2025, `qkv_linear` and `lm_head` since April 2026); torchtune 0.6.1 models/convert_weights.py;
+Sources: meta-llama's llama3/llama/model.py; torchtitan's git history (prefix `model.` until July 2025, `freqs_cis`
+saved until August 2025, `qkv_linear` and `lm_head` since April 2026); torchtune 0.6.1 models/convert_weights.py;
 transformers' modeling_llama.py.
 """
 
@@ -11,26 +11,30 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from reshard.errors import TensorMismatch, nearest
 
 LAYER = "LAYER"
 
 # Meta (canonical), torchtune, Hugging Face
+_PER_LAYER = (
+    ("attention_norm.weight", "sa_norm.scale", "input_layernorm.weight"),
+    ("attention.wq.weight", "attn.q_proj.weight", "self_attn.q_proj.weight"),
+    ("attention.wk.weight", "attn.k_proj.weight", "self_attn.k_proj.weight"),
+    ("attention.wv.weight", "attn.v_proj.weight", "self_attn.v_proj.weight"),
+    ("attention.wo.weight", "attn.output_proj.weight", "self_attn.o_proj.weight"),
+    ("ffn_norm.weight", "mlp_norm.scale", "post_attention_layernorm.weight"),
+    ("feed_forward.w1.weight", "mlp.w1.weight", "mlp.gate_proj.weight"),
+    ("feed_forward.w2.weight", "mlp.w2.weight", "mlp.down_proj.weight"),
+    ("feed_forward.w3.weight", "mlp.w3.weight", "mlp.up_proj.weight"),
+)
 _TABLE = (
     ("tok_embeddings.weight", "tok_embeddings.weight", "model.embed_tokens.weight"),
-    ("layers.LAYER.attention_norm.weight", "layers.LAYER.sa_norm.scale", "model.layers.LAYER.input_layernorm.weight"),
-    ("layers.LAYER.attention.wq.weight", "layers.LAYER.attn.q_proj.weight", "model.layers.LAYER.self_attn.q_proj.weight"),
-    ("layers.LAYER.attention.wk.weight", "layers.LAYER.attn.k_proj.weight", "model.layers.LAYER.self_attn.k_proj.weight"),
-    ("layers.LAYER.attention.wv.weight", "layers.LAYER.attn.v_proj.weight", "model.layers.LAYER.self_attn.v_proj.weight"),
-    ("layers.LAYER.attention.wo.weight", "layers.LAYER.attn.output_proj.weight", "model.layers.LAYER.self_attn.o_proj.weight"),
-    ("layers.LAYER.ffn_norm.weight", "layers.LAYER.mlp_norm.scale", "model.layers.LAYER.post_attention_layernorm.weight"),
-    ("layers.LAYER.feed_forward.w1.weight", "layers.LAYER.mlp.w1.weight", "model.layers.LAYER.mlp.gate_proj.weight"),
-    ("layers.LAYER.feed_forward.w2.weight", "layers.LAYER.mlp.w2.weight", "model.layers.LAYER.mlp.down_proj.weight"),
-    ("layers.LAYER.feed_forward.w3.weight", "layers.LAYER.mlp.w3.weight", "model.layers.LAYER.mlp.up_proj.weight"),
+    *((f"layers.LAYER.{a}", f"layers.LAYER.{b}", f"model.layers.LAYER.{c}") for a, b, c in _PER_LAYER),
     ("norm.weight", "norm.scale", "model.norm.weight"),
     ("output.weight", "output.weight", "lm_head.weight"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,10 @@ META = Dialect("Meta", {meta: meta for meta, _, _ in _TABLE}, frozenset({"rope.f
 TORCHTITAN = Dialect(
     "torchtitan",
     {meta: meta for meta, _, _ in _TABLE}
-    | {f"layers.LAYER.attention.qkv_linear.{w}.weight": f"layers.LAYER.attention.{w}.weight" for w in ("wq", "wk", "wv")}
+    | {
+        f"layers.LAYER.attention.qkv_linear.{w}.weight": f"layers.LAYER.attention.{w}.weight"
+        for w in ("wq", "wk", "wv")
+    }
     | {"lm_head.weight": "output.weight"},
     frozenset({"freqs_cis"}),
     prefix="model.",
@@ -84,10 +91,11 @@ def canonical_name(name: str, dialect: Dialect = META) -> str | None:
     return _join(dialect.names[row], number)
 
 
-def canonical_names(names: Iterable[str], dialect: Dialect = META) -> dict[str, str]:
+def canonical_names(names: Iterable[str], dialect: Dialect = META, *, path: Path | str = "") -> dict[str, str]:
     """Foreign name -> canonical name of every tensor that is kept, in the order given.
 
-    Raises TensorMismatch, listing every name that is unknown, or two names that mean the same tensor.
+    path: the file that has the names, for the error. Raises TensorMismatch, listing every name that is unknown, or two
+    names that mean the same tensor.
     """
     kept: dict[str, str] = {}
     owner: dict[str, str] = {}
@@ -101,11 +109,13 @@ def canonical_names(names: Iterable[str], dialect: Dialect = META) -> dict[str, 
         if canonical is None:
             continue
         if canonical in owner:
-            raise TensorMismatch(f"`{owner[canonical]}` and `{name}` both mean {canonical}, expected one of them")
+            raise TensorMismatch(
+                f"{_in(path)}`{owner[canonical]}` and `{name}` both mean {canonical}, expected one of them", path=path
+            )
         owner[canonical] = name
         kept[name] = canonical
     if unknown:
-        raise _unknown(unknown, dialect)
+        raise _unknown(unknown, dialect, path)
     return kept
 
 
@@ -137,11 +147,16 @@ def _join(row: str, number: str) -> str:
     return row.replace(LAYER, number)
 
 
-def _unknown(names: list[str], dialect: Dialect) -> TensorMismatch:
+def _in(path: Path | str) -> str:
+    return f"{path}: " if str(path) else ""
+
+
+def _unknown(names: list[str], dialect: Dialect, path: Path | str = "") -> TensorMismatch:
     row, number = _split(names[0].removeprefix(dialect.prefix))
     close = nearest(row, dialect.names)
     return TensorMismatch(
-        f"not a name of a Llama tensor as {dialect.title} writes it",
+        f"{_in(path)}not the name of a Llama's tensor as {dialect.title} writes it",
+        path=path,
         unexpected=names,
         hint=f"the nearest known name is `{_join(close, number)}`" if close else None,
     )

@@ -53,7 +53,7 @@ def rotate(x_BSHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos, sin: (S, head_dim / 2). Arithmetic in the dtype of the table, which is at least float32.
     """
-    pairs = x_BSHE.to(cos.dtype).unflatten(-1, (-1, 2))
+    pairs = x_BSHE.to(cos.dtype).unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call]
     even, odd = pairs.unbind(-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_BSHE.dtype)

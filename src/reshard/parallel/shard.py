@@ -83,7 +83,7 @@ def _keep_expensive_operations() -> Any:
     def policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
 
 
 def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, *, loss_parallel: bool) -> None:
@@ -101,9 +101,7 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, *, loss_parallel: bool
             input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None), use_local_output=False
         )
     else:
-        output_plan = ColwiseParallel(
-            input_layouts=Shard(1), output_layouts=logits, use_local_output=not loss_parallel
-        )
+        output_plan = ColwiseParallel(input_layouts=Shard(1), output_layouts=logits, use_local_output=not loss_parallel)
     parallelize_module(
         model,
         mesh,

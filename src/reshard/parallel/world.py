@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reshard.config import Comm
 from reshard.errors import LayoutError
@@ -64,7 +64,6 @@ def join(place: Place, comm: Comm, *, need_group: bool) -> Iterator[World]:
     """
     import torch
     import torch.distributed as dist
-
     kind = device_type()
     device = torch.device(kind, place.local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
@@ -77,7 +76,7 @@ def join(place: Place, comm: Comm, *, need_group: bool) -> Iterator[World]:
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:  # a single rank that nobody launched: no port, nothing to meet
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=_lone_store(), rank=0, world_size=1, timeout=timeout)
     try:
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=comm.train_timeout_seconds))
         yield World(place, device, control if place.world_size > 1 else None)
@@ -91,3 +90,10 @@ def set_timeouts(comm: Comm, groups: list[dist.ProcessGroup]) -> None:
 
     for group in groups:
         _set_pg_timeout(timedelta(seconds=comm.train_timeout_seconds), group)
+
+
+def _lone_store() -> Any:
+    """A store in this process's memory: a single rank has nobody to exchange addresses with."""
+    import torch.distributed as dist
+
+    return dist.HashStore()  # type: ignore[attr-defined]  # it is public, but not listed in __all__

@@ -228,7 +228,7 @@ def _build(
 ) -> None:
     """Tokenise everything into a temporary folder and rename it to `folder`. Called by one process at a time."""
     for leftover in (*folder.parent.glob(f"{folder.name}.tmp-*"), *folder.parent.glob(f"{folder.name}.torn-*")):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed: we hold its lock
+        _discard(leftover)  # of a process that was killed: we hold its lock
     suffix = f"{os.getpid()}-{secrets.token_hex(4)}"
     temporary = folder.with_name(f"{folder.name}.tmp-{suffix}")
     started = time.monotonic()
@@ -264,11 +264,11 @@ def _build(
             folder.rename(folder.with_name(f"{folder.name}.torn-{suffix}"))
         temporary.rename(folder)
         sync_folder(folder.parent)
-        shutil.rmtree(folder.with_name(f"{folder.name}.torn-{suffix}"), ignore_errors=True)
+        _discard(folder.with_name(f"{folder.name}.torn-{suffix}"))
     except OSError as error:
         raise cannot_write(folder.parent, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _discard(temporary)
     logger.info(
         "%d documents, %d training tokens, %d held out, in %.1f s", documents, *sizes, time.monotonic() - started
     )
@@ -337,6 +337,13 @@ def _digest(folder: Path) -> str:
         with open(folder / name, "rb") as file:
             both.update(hashlib.file_digest(file, hashlib.blake2b).digest())
     return both.hexdigest()
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder of ours, or whatever else stands under its name; what cannot be removed only costs room."""
+    shutil.rmtree(path, ignore_errors=True)
+    if path.is_file():
+        path.unlink(missing_ok=True)
 
 
 def _sync(file: IO[Any]) -> None:

@@ -1,0 +1,1 @@
+"""What happens each step? loop.py is the plot; read it from top to bottom."""

@@ -8,16 +8,18 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -29,7 +31,7 @@ from reshard.checkpoint.manifest import Manifest
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.retain import retain
 from reshard.checkpoint.save import About, save
-from reshard.checkpoint.state import dtype_from_name
+from reshard.checkpoint.state import dtype_from_name, dtype_name
 from reshard.checkpoint.weights import load_weights, weights_state
 from reshard.config import Config, config_to_toml
 from reshard.errors import ConfigError, TrainingError
@@ -39,7 +41,7 @@ from reshard.model.spec import LlamaSpec, flops_per_token, parameter_count
 from reshard.parallel.dims import Layout, build_mesh, check_batch, check_fit, resolve_layout
 from reshard.parallel.shard import set_gradient_sync, shard_model
 from reshard.parallel.world import Place, World, join, place_from_environment, set_timeouts
-from reshard.text.cache import fingerprint_difference, full_fingerprint, prepare
+from reshard.text.cache import TokenData, fingerprint_difference, full_fingerprint, prepare
 from reshard.text.order import TrainingText, held_out
 from reshard.train.metrics import Reporter
 from reshard.train.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
@@ -75,7 +77,7 @@ def train(config: Config) -> Outcome:
             f'checkpoint.async_mode "{config.checkpoint.async_mode}" is not yet available, expected "disabled"',
             key="checkpoint.async_mode",
         )
-    data, tokenizer = prepare(config, spec.vocab_size, progress=place.rank == 0)
+    data, _ = prepare(config, spec.vocab_size, progress=place.rank == 0)
     fingerprint = full_fingerprint(data, config)
     compute = compute_dtype(config)
     with join(place, config.comm, need_group=compute != dtype_from_name(config.training.dtype)) as world:
@@ -92,18 +94,19 @@ def _train(
     layout: Layout,
     spec: LlamaSpec,
     ranks: Ranks,
-    data: Any,
+    data: TokenData,
     fingerprint: dict[str, Any],
     compute: torch.dtype,
 ) -> Outcome:
     t, folder, place = config.training, config.checkpoint_folder, world.place
     torch.use_deterministic_algorithms(t.deterministic)
 
-    # -- what to start from ------------------------------------------------------------------------------------
+    # -- what to start from --------------------------------------------------------------------------------------
     start = Start()
     if config.checkpoint.enable_checkpoint:
         for line in ranks.on_first(lambda: recover(folder)):
             logger.info("%s", line)
+        check_shared(folder, ranks)
         start = ranks.on_first(
             lambda: choose(
                 folder,
@@ -112,7 +115,6 @@ def _train(
                 initial_load_path=config.checkpoint.initial_load_path,
             )
         )
-        check_shared(folder, ranks)
         for line in start.notes:
             logger.info("%s", line)
         if start.finished:
@@ -142,16 +144,31 @@ def _train(
     else:
         initialise(parameters, spec, t.rng_seed)
     micro_steps = check_batch(layout, config, state.global_batch_size)
-    parent = start.manifest.save_id if start.manifest is not None else None
-    source = _source(start, config)
 
+    # -- what the steps need -------------------------------------------------------------------------------------
     text = TrainingText(data.train, t.seq_len, state.rng_seed)
     validation = held_out(data.validation, t.seq_len, config.validation.sequences) if config.validation.freq else None
-    groups = [mesh[axis].get_group() for axis in ("dp_replicate", "dp_shard")] if mesh is not None else []
+    share = Share(
+        dp_rank=_dp_rank(place, layout),
+        micro_steps=micro_steps,
+        batch_size=t.batch_size,
+        groups=[mesh[axis].get_group() for axis in ("dp_replicate", "dp_shard")] if mesh is not None else [],
+        device=world.device,
+        loss_context=loss_parallel if layout.tp > 1 and not config.parallelism.disable_loss_parallel else nullcontext,
+    )
+    clean_up = partial(retain, folder, config.checkpoint.keep_latest_k, protected=start.directory)
     tokens_per_step = state.global_batch_size * t.seq_len
     last_step = min(t.steps, t.stop_after) if t.stop_after else t.steps
-    loss_context = loss_parallel if layout.tp > 1 and not config.parallelism.disable_loss_parallel else nullcontext
-
+    origin = About(
+        step=state.step,
+        kind="full",
+        source=_source(start, config),
+        parent=start.manifest.save_id if start.manifest is not None else None,
+        layout=layout.to_dict(),
+        config=config.model_dump(),
+        model=spec.to_dict(),
+        data=fingerprint,
+    )
     report = Reporter(
         config,
         first=place.rank == 0,
@@ -160,40 +177,38 @@ def _train(
         world_size=place.world_size,
     )
     report.event(
-        "start", step=state.step, layout=layout.to_dict(), world_size=place.world_size,
-        loaded=str(start.directory) if start.directory else None, resumed=start.resume, setup_s=time.perf_counter() - begun,
+        "start", step=state.step, layout=layout.to_dict(), world_size=place.world_size, resumed=start.resume,
+        loaded=str(start.directory) if start.directory else None, notes=list(start.notes),
+        setup_s=time.perf_counter() - begun,
     )  # fmt: skip
     logger.info(
         "%s: %s parameters, %s, %s, global batch %d x %d tokens, %d micro-step(s), from %s",
-        config.model.flavor, f"{parameter_count(spec):,}", layout, t.dtype if compute == dtype_from_name(t.dtype)
-        else f"{t.dtype} computing in {str(compute).removeprefix('torch.')}",
+        config.model.flavor, f"{parameter_count(spec):,}", layout, _dtypes(t.dtype, compute),
         state.global_batch_size, t.seq_len, micro_steps, _where(start, state),
     )  # fmt: skip
+    if state.step >= last_step:
+        logger.info(
+            "step %d is the last that this run may take (stop_after %d): nothing to do", state.step, t.stop_after
+        )
 
     # -- the steps -----------------------------------------------------------------------------------------------
-    directory: Path | None = None
-    loss_value: float | None = None
-    gc.disable()  # collections at a moment of our choosing, on all ranks at once, so that none waits for another's
-    last_save = time.monotonic()
-    profiler = _profiler(config, place)
+    directory, loss_value, last_save = None, None, time.monotonic()
     report.start_clock()
-    with profiler:
+    with _profiler(config, place) as profiler, _collector_at_rest():
         while state.step < last_step:
             step = state.step + 1
             optimizer.zero_grad(set_to_none=True)
-            loss = torch.zeros((), dtype=torch.float64, device=world.device)
-            for micro_step, batch in enumerate(_micro_batches(text, state, place, layout, micro_steps, t.batch_size)):
-                batch_BS = torch.from_numpy(batch).to(world.device, non_blocking=True)
+            loss = torch.zeros((), dtype=torch.float64, device=share.device)
+            for micro_step, batch_BS in enumerate(share.of(text, state.next_sequence)):
                 set_gradient_sync(model, micro_step == micro_steps - 1)
-                with loss_context():
+                with share.loss_context():
                     logits_BSV = model(batch_BS[:, :-1])
                     # Divided by the global batch's tokens here, and summed everywhere below: the exact global mean.
                     part = cross_entropy_sum(logits_BSV, batch_BS[:, 1:]) / tokens_per_step
                     del logits_BSV  # the largest tensor of the step: free it before backward needs the room
-                    part.backward()
-                loss += part.full_tensor().detach() if isinstance(part, DTensor) else part.detach()
-            for group in groups:
-                dist.all_reduce(loss, group=group)
+                    part.backward()  # type: ignore[no-untyped-call]
+                loss += _plain(part)
+            share.sum_over_ranks(loss)
             norm = clip_gradients(parameters.values(), t.max_norm)
             loss_value, norm_value = loss.item(), norm.item()
             if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
@@ -206,52 +221,100 @@ def _train(
             lr = learning_rate(step, config)
             set_learning_rate(optimizer, lr)
             optimizer.step()
+            if text.epoch_of(state.next_sequence) != text.epoch_of(state.next_sequence + state.global_batch_size):
+                logger.info("step %d ends epoch %d of the text", step, text.epoch_of(state.next_sequence))
             state = state.after_step(t.seq_len)
             report.step(
                 step=step, loss=loss_value, grad_norm=norm_value, lr=lr, tokens_seen=state.tokens_seen, tokens=tokens_per_step
             )  # fmt: skip
+            if profiler is not None:
+                profiler.step()
             if step % t.gc_freq == 0:
                 gc.collect(1)
-            if isinstance(profiler, torch.profiler.profile):
-                profiler.step()
             if validation is not None and (step % config.validation.freq == 0 or step == last_step):
-                value = _validate(model, validation, place, layout, config, groups, world.device, loss_context)
+                value = _validate(model, validation, share, layout)
                 report.event("validation", step=step, loss=value, sequences=len(validation))
                 logger.info("step %d  validation loss %.4f", step, value)
             if config.checkpoint.enable_checkpoint and _due(step, last_step, last_save, config, ranks):
-                weights_only = config.checkpoint.model_weights_only and step == t.steps
-                about = About(
-                    step=step,
-                    kind="model" if weights_only else "full",
-                    source=source,
-                    parent=parent,
-                    layout=layout.to_dict(),
-                    config=config.model_dump(),
-                    model=spec.to_dict(),
-                    data=fingerprint,
-                    train_state=asdict(state),
-                )
-                directory = step_directory(folder, step)
                 began = time.perf_counter()
-                if weights_only:
+                directory = step_directory(folder, step)
+                if config.checkpoint.model_weights_only and step == t.steps:
+                    about = replace(origin, step=step, kind="model")
                     export = dtype_from_name(config.checkpoint.export_dtype)
                     manifest = save(directory, weights_state(parameters, spec), about, ranks, dtype=export)
                 else:
+                    about = replace(origin, step=step, train_state=asdict(state))
                     manifest = save(directory, full_state(parameters, optimizer, state), about, ranks)
                 _after_save(manifest, directory, time.perf_counter() - began, report)
-                parent, last_save = manifest.save_id, time.monotonic()
-                for gone in ranks.on_first(
-                    lambda: retain(folder, config.checkpoint.keep_latest_k, protected=start.directory)
-                ):
+                origin, last_save = replace(origin, parent=manifest.save_id), time.monotonic()
+                for gone in ranks.on_first(clean_up):
                     logger.info("deleted %s, keeping the latest %d", gone.name, config.checkpoint.keep_latest_k)
-            if step == 1 and groups:
-                set_timeouts(config.comm, groups)
-            if step < last_step and (config.checkpoint.enable_checkpoint or validation is not None):
-                report.start_clock()  # a save or a validation is not part of the next step's time
-    gc.enable()
+            if step == 1:
+                set_timeouts(config.comm, share.groups)
+            report.start_clock()  # saves and validations are not part of the next step's time
     report.event("end", step=state.step, loss=loss_value)
     report.close()
     return Outcome(state.step, loss_value, directory)
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's part in a step: which sequences are its own, and whom it sums with."""
+
+    dp_rank: int
+    micro_steps: int
+    batch_size: int
+    groups: list[dist.ProcessGroup]  # sums over both together are sums over the data-parallel ranks
+    device: torch.device
+    loss_context: Callable[[], AbstractContextManager[Any]]
+
+    def of(self, text: TrainingText, first: int) -> Iterator[Tensor]:
+        """The micro-batches of the global batch that begins at sequence `first`: (batch_size, seq_len + 1) int64.
+
+        Sequences are dealt by global index, so which ones make up a step does not depend on the layout.
+        """
+        mine = first + self.dp_rank * self.micro_steps * self.batch_size
+        for begin in range(mine, mine + self.micro_steps * self.batch_size, self.batch_size):
+            batch = np.stack([text[i] for i in range(begin, begin + self.batch_size)])
+            yield torch.from_numpy(batch).to(self.device, non_blocking=True)
+
+    def sum_over_ranks(self, value: Tensor) -> None:
+        """Add a 0-d tensor up over the data-parallel ranks, in place."""
+        for group in self.groups:
+            dist.all_reduce(value, group=group)
+
+
+def _dp_rank(place: Place, layout: Layout) -> int:
+    """Which share of the batch is this rank's? The mesh counts pp, dp_replicate, dp_shard, cp, tp, last fastest."""
+    return place.rank // (layout.cp * layout.tp) % layout.dp
+
+
+def _plain(value: Tensor) -> Tensor:
+    """A loss as a plain number: under loss_parallel it comes as a DTensor."""
+    return value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()
+
+
+def _validate(model: Llama, sequences: Any, share: Share, layout: Layout) -> float:
+    """Mean loss over the held-out sequences, in nats per token, the same on every rank.
+
+    sequences: (n, seq_len + 1) int64. Every rank runs equally many equal batches, because collectives need all; what
+    does not divide is padded with labels that do not count.
+    """
+    size, seq_len = share.batch_size, sequences.shape[1] - 1
+    total = torch.zeros((), dtype=torch.float64, device=share.device)
+    model.eval()
+    with torch.no_grad():
+        for begin in range(0, len(sequences), size * layout.dp):
+            first = begin + share.dp_rank * size
+            batch_BS = torch.full((size, seq_len + 1), -100, dtype=torch.int64)
+            mine = torch.from_numpy(sequences[first : first + size])
+            batch_BS[: len(mine)] = mine
+            batch_BS = batch_BS.to(share.device)
+            with share.loss_context():
+                total += _plain(cross_entropy_sum(model(batch_BS[:, :-1].clamp(min=0)), batch_BS[:, 1:]))
+    share.sum_over_ranks(total)
+    model.train()
+    return total.item() / (len(sequences) * seq_len)
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -261,56 +324,6 @@ def compute_dtype(config: Config) -> torch.dtype:
     if asked == "auto":
         return torch.bfloat16 if own == torch.float32 and torch.cuda.is_available() else own
     return own if own != torch.float32 else dtype_from_name(asked)
-
-
-def _micro_batches(
-    text: TrainingText, state: TrainState, place: Place, layout: Layout, micro_steps: int, batch_size: int
-) -> Iterator[Any]:
-    """This rank's share of the coming global batch: (batch_size, seq_len + 1) int64 arrays.
-
-    Sequences are dealt by global index, so which ones make up a step does not depend on the layout.
-    """
-    import numpy as np
-
-    share = micro_steps * batch_size
-    first = state.next_sequence + _dp_rank(place, layout) * share
-    for micro_step in range(micro_steps):
-        begin = first + micro_step * batch_size
-        yield np.stack([text[i] for i in range(begin, begin + batch_size)])
-
-
-def _dp_rank(place: Place, layout: Layout) -> int:
-    """Which share of the batch is this rank's? The mesh counts pp, dp_replicate, dp_shard, cp, tp, last fastest."""
-    return place.rank // (layout.cp * layout.tp) % layout.dp
-
-
-def _validate(
-    model: Llama, sequences: Any, place: Place, layout: Layout, config: Config, groups: list[Any], device: torch.device,
-    loss_context: Any,
-) -> float:  # fmt: skip
-    """Mean loss over the held-out sequences, in nats per token, the same on every rank.
-
-    Every rank runs equally many equal batches, because collectives need all; what does not divide is padded with
-    labels that do not count.
-    """
-    batch_size = config.training.batch_size
-    per_round = batch_size * layout.dp
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    model.eval()
-    with torch.no_grad():
-        for begin in range(0, len(sequences), per_round):
-            first = begin + _dp_rank(place, layout) * batch_size
-            inputs = torch.zeros(batch_size, config.training.seq_len, dtype=torch.int64)
-            labels = torch.full_like(inputs, -100)
-            for row, sequence in enumerate(sequences[first : first + batch_size]):
-                inputs[row], labels[row] = torch.from_numpy(sequence[:-1]), torch.from_numpy(sequence[1:])
-            with loss_context():
-                part = cross_entropy_sum(model(inputs.to(device)), labels.to(device))
-            total += part.full_tensor() if isinstance(part, DTensor) else part
-    for group in groups:
-        dist.all_reduce(total, group=group)
-    model.train()
-    return float(total) / (len(sequences) * config.training.seq_len)
 
 
 def _due(step: int, last_step: int, last_save: float, config: Config, ranks: Ranks) -> bool:
@@ -324,7 +337,9 @@ def _due(step: int, last_step: int, last_save: float, config: Config, ranks: Ran
 
 def _after_save(manifest: Manifest, directory: Path, seconds: float, report: Reporter) -> None:
     logger.info("saved %s (%s, %.1f MB, %.2f s)", directory, manifest.kind, manifest.bytes / 1e6, seconds)
-    report.event("save", step=manifest.step, kind=manifest.kind, bytes=manifest.bytes, seconds=seconds, path=str(directory))
+    report.event(
+        "save", step=manifest.step, kind=manifest.kind, bytes=manifest.bytes, seconds=seconds, path=str(directory)
+    )
 
 
 def _check_data(start: Start, fingerprint: dict[str, Any], config: Config) -> None:
@@ -358,11 +373,25 @@ def _where(start: Start, state: TrainState) -> str:
     return f"{start.directory} ({'resuming after step ' + str(state.step) if start.resume else 'weights'})"
 
 
-def _profiler(config: Config, place: Place) -> AbstractContextManager[Any]:
+def _dtypes(own: str, compute: torch.dtype) -> str:
+    return own if dtype_from_name(own) == compute else f"{own} computing in {dtype_name(compute)}"
+
+
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """Python's garbage collector runs only when the loop says so: on all ranks at once, so that none waits for one."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _profiler(config: Config, place: Place) -> AbstractContextManager[torch.profiler.profile | None]:
     if not config.profiling.enable_profiling:
         return nullcontext()
     folder = Path(config.job.dump_folder) / config.profiling.save_traces_folder
-    os.makedirs(folder, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=max(0, config.profiling.profile_freq - 2), warmup=1, active=1),
         on_trace_ready=lambda p: p.export_chrome_trace(str(folder / f"rank{place.rank}_step{p.step_num}.json")),

@@ -69,7 +69,9 @@ def last_of_each_step(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]
 class Reporter:
     """Rank 0's metrics.jsonl, events.jsonl, console and TensorBoard; on the other ranks it does nothing."""
 
-    def __init__(self, config: Config, *, first: bool, device_name: str, flops_per_token: float, world_size: int) -> None:
+    def __init__(
+        self, config: Config, *, first: bool, device_name: str, flops_per_token: float, world_size: int
+    ) -> None:
         self._config, self._first = config, first
         self._flops_per_token, self._world_size = flops_per_token, world_size
         self._peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)

@@ -22,7 +22,9 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerCon
     """
     split: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     for name, parameter in parameters.items():
-        plain = config.decay_norms_and_embeddings or not (name.endswith("norm.weight") or name == "tok_embeddings.weight")
+        plain = config.decay_norms_and_embeddings or not (
+            name.endswith("norm.weight") or name == "tok_embeddings.weight"
+        )
         split["decay" if plain else "no_decay"].append(parameter)
     groups = [
         {"params": members, "weight_decay": config.weight_decay if name == "decay" else 0.0, "name": name}
@@ -44,7 +46,9 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerCon
     )
     for parameter in parameters.values():
         optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device if implementation == "fused" else "cpu"),
+            "step": torch.zeros(
+                (), dtype=torch.float32, device=parameter.device if implementation == "fused" else "cpu"
+            ),
             "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }

@@ -116,7 +116,8 @@ def _check_dtype(start: Start, parameters: Mapping[str, nn.Parameter], config: C
     stored = {start.manifest.tensors[name].dtype for name in names}
     if stored - {config.training.dtype} and not config.checkpoint.allow_dtype_change:
         raise ConfigError(
-            f"checkpoint `{start.directory}` was trained in {'/'.join(sorted(stored))}, training.dtype is {config.training.dtype}",
+            f"checkpoint `{start.directory}` was trained in {'/'.join(sorted(stored))}, "
+            f"training.dtype is {config.training.dtype}",
             key="training.dtype",
             hint=f"--training.dtype {sorted(stored)[0]}, or --checkpoint.allow_dtype_change to cast",
         )

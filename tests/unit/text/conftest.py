@@ -11,7 +11,22 @@ import pytest
 
 from reshard.config import Config
 
-MERGES = [b"th", b"he", b"the", b" the", b"in", b"ing", b"  ", b"    ", b"\n\n", b"re", b"return", b"12", b"123", b"\xc3\xa9"]
+MERGES = [
+    b"th",
+    b"he",
+    b"the",
+    b" the",
+    b"in",
+    b"ing",
+    b"  ",
+    b"    ",
+    b"\n\n",
+    b"re",
+    b"return",
+    b"12",
+    b"123",
+    b"\xc3\xa9",
+]
 
 
 def ranks_of(merges: list[bytes]) -> dict[bytes, int]:
@@ -51,5 +66,7 @@ def many_texts(tmp_path: Path) -> Path:
     folder = tmp_path / "texts"
     folder.mkdir()
     for i in range(100):
-        (folder / f"{i:03}.txt").write_text(f"document {i}: " + "the thing is in there. " * (i % 7 + 1), encoding="utf-8")
+        (folder / f"{i:03}.txt").write_text(
+            f"document {i}: " + "the thing is in there. " * (i % 7 + 1), encoding="utf-8"
+        )
     return folder

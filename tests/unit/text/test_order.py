@@ -7,6 +7,7 @@ import sys
 import time
 import tracemalloc
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_sizes_that_no_array_could_hold(size: int) -> None:
     assert 0 <= min(places) <= max(places) < size
     assert peak < 4 << 20
     # Neighbours in the text do not stay neighbours, and the first places reach everywhere.
-    assert sum(abs(a - b) == 1 for a, b in zip(places, places[1:], strict=False)) <= 2
+    assert sum(abs(a - b) == 1 for a, b in pairwise(places)) <= 2
     assert abs(np.mean(np.array(places[:2000], dtype=float) / size) - 0.5) < 0.05
 
 
@@ -92,7 +93,11 @@ def test_the_stream_is_the_same_in_another_process() -> None:
     ours = stream_hash(TrainingText(np.arange(5000, dtype=np.uint16), 16, 9), 0, 700)
     for hash_seed in ("0", "1"):
         run = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": hash_seed, **_path()}
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": hash_seed, **_path()},
         )
         assert run.stdout.strip() == ours
 

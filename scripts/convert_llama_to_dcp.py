@@ -1,0 +1,44 @@
+"""Meta's original Llama files to a DCP checkpoint: python3 scripts/convert_llama_to_dcp.py <input_dir> <output_dir>
+
+Works in any Python: where reshard is not installed, it goes on in the .venv that `make install` made.
+"""
+
+import importlib.util
+import logging
+import os
+import sys
+from pathlib import Path
+
+VENV = Path(__file__).resolve().parent.parent / ".venv"
+
+if not all(importlib.util.find_spec(name) for name in ("reshard", "torch", "click")):
+    if Path(sys.prefix) == VENV or not (VENV / "bin" / "python").exists():
+        sys.exit(f"error: reshard is not installed in {sys.prefix}\n\nhint: make install")
+    os.execv(VENV / "bin" / "python", [str(VENV / "bin" / "python"), *sys.argv])  # noqa: S606  no shell wanted
+
+import click  # noqa: E402  only now is it sure to be there
+
+from reshard.errors import ReshardError  # noqa: E402
+
+
+@click.command()
+@click.argument("input_dir", type=click.Path(path_type=Path))
+@click.argument("output_dir", type=click.Path(path_type=Path))
+@click.option("--max_seq_len", type=int, help="Accepted without effect: the result trains at any sequence length.")
+def main(input_dir: Path, output_dir: Path, max_seq_len: int | None) -> None:
+    """Convert Meta's params.json and consolidated.NN.pth in INPUT_DIR to a committed DCP checkpoint OUTPUT_DIR."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("reshard").setLevel(logging.INFO)
+    if max_seq_len is not None:
+        logging.getLogger("reshard").info("--max_seq_len has no effect: the result trains at any sequence length")
+    from reshard.commands.convert import run
+
+    try:
+        click.echo(run(input_dir, output_dir))
+    except ReshardError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
