@@ -9,12 +9,13 @@ import os
 import sys
 from pathlib import Path
 
-VENV = Path(__file__).resolve().parent.parent / ".venv"
+VENV_PYTHON = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "python"
 
 if not all(importlib.util.find_spec(name) for name in ("reshard", "torch", "click")):
-    if Path(sys.prefix) == VENV or not (VENV / "bin" / "python").exists():
-        sys.exit(f"error: reshard is not installed in {sys.prefix}\n\nhint: make install")
-    os.execv(VENV / "bin" / "python", [str(VENV / "bin" / "python"), *sys.argv])  # noqa: S606  no shell wanted
+    if "RESHARD_IN_VENV" in os.environ or not VENV_PYTHON.exists():
+        print(f"error: reshard is not installed in {sys.prefix}\n\nhint: make install", file=sys.stderr)
+        sys.exit(2)
+    os.execve(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv], os.environ | {"RESHARD_IN_VENV": "1"})  # noqa: S606
 
 import click  # noqa: E402  only now is it sure to be there
 

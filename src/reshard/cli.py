@@ -11,19 +11,22 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import click
 
 from reshard.config import Config, config_to_toml, load_config, sections
-from reshard.errors import LayoutError, ReshardError
+from reshard.errors import LayoutError, ReshardError, listed
 
 logger = logging.getLogger("reshard")
 
 # Verbs that take config keys: what click does not know is passed on as it was typed.
 _KEYS = {"ignore_unknown_options": True, "allow_interspersed_args": True}
-_ARGUMENTS = click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG.toml] [--section.key value]...")
+_ARGUMENTS = click.argument(
+    "arguments", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG.toml] [--section.key value]..."
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 
 
@@ -87,7 +90,9 @@ def tokenize(arguments: Sequence[str], as_json: bool) -> None:
 
 @cli.command(context_settings=_KEYS)
 @_ARGUMENTS
-@click.option("--keys", is_flag=True, help="List every key with its type, default and meaning, and torchtitan's spellings.")
+@click.option(
+    "--keys", is_flag=True, help="List every key with its type, default and meaning, and torchtitan's spellings."
+)
 @click.option("--check", "checking", is_flag=True, help="Refuse what `train` would refuse, print nothing else.")
 @click.option(
     "--world-size", type=click.IntRange(min=1), envvar=["WORLD_SIZE", "NGPU"], default=1,
@@ -104,7 +109,8 @@ def config(arguments: Sequence[str], keys: bool, checking: bool, world_size: int
 
         if resolved.checkpoint.create_seed_checkpoint and world_size != 1:
             raise LayoutError(
-                f"a seed checkpoint is made by one process, but {world_size} are to be started", hint="NGPU=1, or `reshard seed`"
+                f"a seed checkpoint is made by one process, but {world_size} are to be started",
+                hint="NGPU=1, or `reshard seed`",
             )
         check(resolved, world_size)
     else:
@@ -113,8 +119,16 @@ def config(arguments: Sequence[str], keys: bool, checking: bool, world_size: int
 
 @cli.command("eval")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--data", help="Text to measure on: `stdlib`, a file or folder, or a dataset's name. Default: what it was trained on, held-out part.")
-@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Config that says model and tokenizer, where PATH does not.")
+@click.option(
+    "--data",
+    help="Text to measure on: `stdlib`, a file or folder, or a dataset's name. Default: what it was trained on, held-out part.",
+)
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    help="Config that says model and tokenizer, where PATH does not.",
+)
 @click.option("--model", "flavor", help="Flavor of a bare .pt, e.g. debugmodel or 8B.")
 @click.option("--tokenizer", help="Tokenizer, as in model.tokenizer_path.")
 @click.option("--seq-len", type=click.IntRange(min=1), help="Tokens per sequence. Default: the training's.")
@@ -146,6 +160,43 @@ def evaluate(
             f"held-out loss: {report['loss']:.4f} nats/token on {report['tokens']:,} tokens of {report['data']} "
             f"(unigram entropy {report['unigram_entropy']:.4f})"
         )
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--level",
+    type=click.Choice(["files", "bytes"]),
+    default="bytes",
+    show_default=True,
+    help="files: the manifest, names and sizes. bytes: also every byte.",
+)
+@_JSON
+def verify(paths: Sequence[Path], level: Literal["files", "bytes"], as_json: bool) -> None:
+    """Is it whole? Checkpoints, folders of them, foreign DCP, .pt, .pth, safetensors. Exit 0 yes, 1 no, 2 cannot tell."""
+    from reshard.commands.verify import exit_code, run, size_of
+    from reshard.progress import progress_bar
+
+    verdicts = []
+    total = sum(size_of(path) for path in paths) if level == "bytes" else None
+    with progress_bar("verify", total, shown=level == "bytes") as advance:
+        for path in paths:
+            verdicts += run(path, level, advance)
+    for verdict in verdicts:
+        if as_json:
+            click.echo(json.dumps(asdict(verdict)))
+            continue
+        answer = {True: "whole", False: "DAMAGED", None: "unknown"}[verdict.whole]
+        size = f", {verdict.bytes_checked / 1e6:,.1f} MB checked" if verdict.bytes_checked else ""
+        click.echo(f"{answer:8} {verdict.path}  {verdict.problem or verdict.what + size}")
+        for finding in verdict.findings:
+            writer = f" (written by rank {finding.rank})" if finding.rank is not None else ""
+            click.echo(f"         {finding.file}{writer}: {finding.problem}" if finding.file else f"         {finding.problem}")
+            if finding.tensors:
+                click.echo(f"         tensors: {listed(finding.tensors)}")
+        for note in verdict.notes:
+            click.echo(f"         note: {note}", err=True)
+    sys.exit(exit_code(verdicts))
 
 
 @cli.command()
@@ -192,7 +243,9 @@ def _set_up_logging(plain: bool) -> None:
         from rich.console import Console
         from rich.logging import RichHandler
 
-        handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S", highlighter=None)
+        handler = RichHandler(
+            console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S", highlighter=None
+        )
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler()
@@ -237,5 +290,3 @@ def _fail(error: ReshardError) -> None:
         # torchrun ends all ranks when the first one exits: leave rank 0 the time to speak.
         time.sleep(3)
     sys.exit(2)
-
-

@@ -47,7 +47,7 @@ class Model(Section):
     flavor: str = "debugmodel"
     """Size: debugmodel, 1B, 3B, 8B, 70B or 405B."""
     tokenizer_path: str = "bytes"
-    """`bytes` (one token a byte), `bpe` (trained on the data, to the model's vocabulary), a Hugging Face tokenizer.json or Meta's tokenizer.model."""
+    """`bytes` (one token a byte), `bpe` (trained on the data), a Hugging Face tokenizer.json or Meta's tokenizer.model."""
     dim: int | None = Field(None, gt=0)
     """Width of the residual stream."""
     n_layers: int | None = Field(None, gt=0)
@@ -122,7 +122,7 @@ class Training(Section):
     stop_after: int = Field(0, ge=0)
     """End early after this step, with a full checkpoint; 0 runs to `steps`."""
     dataset: str = "stdlib"
-    """`stdlib` (the Python library's own source), a text, .jsonl or .parquet file or a folder of them, or a Hugging Face dataset name."""
+    """`stdlib` (the Python library's source), a text, .jsonl or .parquet file, a folder, or a Hugging Face dataset's name."""
     dataset_path: str | None = None
     """Where the named dataset lies, if not where its name says."""
     dataset_split: str = "train"
@@ -200,6 +200,8 @@ class Checkpoint(Section):
     """Make step-0 on one CPU and exit, as `reshard seed`."""
     keep_latest_k: int = Field(0, ge=0)
     """Committed checkpoints to keep; 0 keeps all."""
+    keep_every_n: int = Field(0, ge=0)
+    """Steps that this divides are never deleted by keep_latest_k; 0: none."""
     initial_load_path: str | None = None
     """Weights to start from at step 0, where the folder holds no checkpoint."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
@@ -356,20 +358,20 @@ def _file_values(path: Path) -> Iterator[tuple[str, str, Any]]:
             yield section, key, value
 
 
-def _argument_values(arguments: list[str]) -> Iterator[tuple[str, str, str]]:
+def _argument_values(arguments: list[str]) -> Iterator[tuple[str, str, str | None]]:
+    """(section, key, value as typed); None where an option stands alone."""
     while arguments:
         word = arguments.pop(0)
         if not word.startswith("--") or "." not in word.partition("=")[0]:
-            raise ConfigError(
-                f"`{word}` is not an option", hint="config keys are given as --section.key value, e.g. --training.steps 100"
-            )
-        name, equals, value = word[2:].partition("=")
+            hint = "config keys are given as --section.key value, e.g. --training.steps 100"
+            if word.endswith(".toml"):
+                hint = f"one config file, and before the keys: {word} --training.steps 100"
+            raise ConfigError(f"`{word}` is not an option", hint=hint)
+        name, equals, text = word[2:].partition("=")
+        value: str | None = text
         if not equals:
-            # A bare --x is true; `--x false` takes the next word. Negative numbers are values, options are not.
-            if arguments and not arguments[0].startswith("--"):
-                value = arguments.pop(0)
-            else:
-                value = "true"
+            # `--x false` takes the next word. Negative numbers are values, options are not.
+            value = arguments.pop(0) if arguments and not arguments[0].startswith("--") else None
         section, _, key = name.partition(".")
         yield section.replace("-", "_"), key.replace("-", "_"), value
 
@@ -388,7 +390,7 @@ class _Values:
         name = compat.ALIASES.get(typed, typed)
         section, _, key = name.partition(".")
         if not _known(section, key):
-            warning = compat.foreign_key(section, key, value)
+            warning = compat.foreign_key(section, key, True if value is None else value)
             if warning is None:
                 raise _unknown(section, key, self.where)
             self.warnings.append(warning)
@@ -416,17 +418,29 @@ def _unknown(section: str, key: str, where: str) -> ConfigError:
     if section not in known:
         close = nearest(section, [*known, *compat.SECTIONS])
         message = f"config section `{section}` in {where} is not known"
-        return ConfigError(message, key=section, hint=f"did you mean `{close}`?" if close else f"sections: {', '.join(known)}")
+        return ConfigError(
+            message, key=section, hint=f"did you mean `{close}`?" if close else f"sections: {', '.join(known)}"
+        )
     names = {f"{s}.{k}" for s, cls in known.items() for k in cls.model_fields} | set(compat.ALIASES)
     close = nearest(key, known[section].model_fields)
-    close = f"{section}.{close}" if close else nearest(f"{section}.{key}", names)
-    hint = f"did you mean `{close}`?" if close else f"`reshard config --keys` lists them all ({section}: {', '.join(known[section].model_fields)})"
+    elsewhere = next((f"{s}.{key}" for s, cls in known.items() if key in cls.model_fields), None)
+    close = f"{section}.{close}" if close else elsewhere or nearest(f"{section}.{key}", names)
+    hint = (
+        f"did you mean `{close}`?"
+        if close
+        else f"`reshard config --keys` lists them all ({section}: {', '.join(known[section].model_fields)})"
+    )
     return ConfigError(f"config key `{section}.{key}` in {where} is not known", key=f"{section}.{key}", hint=hint)
 
 
-def _parsed(section: str, key: str, text: str, typed: str) -> Any:
-    """A command-line word as the key's own type. `a,b` and `["a", "b"]` are lists."""
+def _parsed(section: str, key: str, text: str | None, typed: str) -> Any:
+    """A command-line word as the key's own type. `a,b` and `["a", "b"]` are lists; a boolean alone is true."""
     annotation = sections()[section].model_fields[key].annotation
+    assert annotation is not None
+    if text is None:
+        if annotation is bool or bool in getattr(annotation, "__args__", ()):
+            return True
+        raise ConfigError(f"`--{typed}` needs a value", key=f"{section}.{key}", hint=f"--{typed} VALUE")
     try:
         if "list" in str(annotation):
             if text.strip().startswith("["):
@@ -441,7 +455,10 @@ def _parsed(section: str, key: str, text: str, typed: str) -> Any:
 
 
 def _bad_value(section: str, key: str, value: Any, reason: dict[str, Any] | Any, typed: str = "") -> ConfigError:
-    expected = reason["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
+    expected = (
+        reason["msg"].removeprefix("Input should be ").replace("a valid ", "a ").replace("a integer", "an integer")
+    )
+    expected = expected.partition(", unable to")[0]
     choices = reason.get("ctx", {}).get("expected")
     close = nearest(str(value), [c.strip(" '") for c in choices.replace(" or ", ", ").split(",")]) if choices else None
     return ConfigError(
@@ -458,5 +475,3 @@ def _validated(data: dict[str, Any]) -> Config:
         reason = error.errors()[0]
         section, key = str(reason["loc"][0]), str(reason["loc"][1]) if len(reason["loc"]) > 1 else ""
         raise _bad_value(section, key, reason["input"], reason) from None
-
-

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from isal import isal_zlib
 
-from reshard.errors import IntegrityError, NotACheckpoint, StorageError, TornCheckpoint
+from reshard.errors import IntegrityError, NotACheckpoint, StorageError, TornCheckpoint, listed
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -102,23 +102,23 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise StorageError(f"`{path}` cannot be read: {error}", path=directory) from None
     manifest = _parse(content, directory)
-    damaged = []
+    damaged: dict[str, str] = {}
     for name, entry in manifest.files.items():
         try:
             size = os.stat(directory / name).st_size
         except FileNotFoundError:
-            damaged.append(f"{name} is missing")
+            damaged[name] = f"{name} is missing"
             continue
         except OSError as error:
             if error.errno in (errno.ENOTDIR, errno.ELOOP):
-                damaged.append(f"{name} is not a file")
+                damaged[name] = f"{name} is not a file"
                 continue
             raise StorageError(f"`{directory / name}` cannot be read: {error}", path=directory) from None
         if size != entry.bytes:
-            damaged.append(f"{name} has {size} bytes, expected {entry.bytes}")
+            damaged[name] = f"{name} has {size} bytes, expected {entry.bytes}"
     if damaged:
         raise IntegrityError(
-            f"checkpoint `{directory}` is damaged: {'; '.join(damaged[:10])}", path=directory, files=manifest.files
+            f"checkpoint `{directory}` is damaged: {listed(damaged.values())}", path=directory, files=damaged
         )
     return manifest
 

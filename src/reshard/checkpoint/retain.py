@@ -8,32 +8,28 @@ import shutil
 from pathlib import Path
 
 from reshard.checkpoint.layout import entries
+from reshard.checkpoint.lineage import by_worth
 
 logger = logging.getLogger(__name__)
 
 
-def retain(folder: Path, keep_latest_k: int, *, protected: Path | None = None) -> list[Path]:
+def retain(folder: Path, keep_latest_k: int, *, keep_every_n: int = 0, protected: Path | None = None) -> list[Path]:
     """Delete all but the latest k committed checkpoints; 0 keeps all. Returns what was deleted.
 
     Latest means saved last, not numbered highest: after a rollback the abandoned branch goes first. Never deleted:
-    step-0, `protected` (the checkpoint that this run was loaded from), the newest full one, and whatever is torn,
-    damaged or not ours. A checkpoint loses its name before its bytes, so a death midway leaves nothing half-deleted
-    under a valid name.
+    step-0, steps that keep_every_n divides, `protected` (the checkpoint that this run was loaded from), the newest full
+    one, and whatever is torn, damaged or not ours. A checkpoint loses its name before its bytes, so a death midway
+    leaves nothing half-deleted under a valid name.
     """
     if keep_latest_k <= 0:
         return []
-    committed = [e for e in entries(folder) if e.manifest is not None]
+    committed = by_worth([e for e in entries(folder) if e.manifest is not None])
     full = [e for e in committed if e.manifest is not None and e.manifest.kind == "full"]
-    keep = (
-        {e.path for e in committed[-keep_latest_k:]}
-        | {e.path for e in full[-1:]}
-        | {e.path for e in committed if e.step == 0}
-    )
-    if protected is not None:
-        keep.add(protected)
+    permanent = [e for e in committed if e.step == 0 or (keep_every_n and e.step % keep_every_n == 0)]
+    keep = {e.path for e in (*committed[-keep_latest_k:], *full[-1:], *permanent)}
     deleted = []
     for entry in committed:
-        if entry.path in keep:
+        if entry.path in keep or entry.path == protected:
             continue
         assert entry.manifest is not None
         doomed = entry.path.with_name(f"{entry.path.name}.tmp-{entry.manifest.save_id}")
@@ -41,9 +37,7 @@ def retain(folder: Path, keep_latest_k: int, *, protected: Path | None = None) -
             os.rename(entry.path, doomed)
             shutil.rmtree(doomed)
         except OSError as error:
-            logger.warning(
-                "could not delete %s: %s", entry.path, error
-            )  # the run matters more than the disk's tidiness
+            logger.warning("could not delete %s: %s", entry.path, error)  # the run matters more than a tidy disk
             continue
         deleted.append(entry.path)
     return deleted

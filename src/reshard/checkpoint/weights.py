@@ -39,21 +39,7 @@ def load_weights(directory: Path, parameters: Mapping[str, nn.Parameter], spec: 
     shapes = ranks.on_first(lambda: stored_names(directory))
     names = canonical_names([name for name in shapes if not name.startswith(_OTHER_PARTS)], TORCHTITAN)
     by_canonical = {canonical: name for name, canonical in names.items()}
-    missing = [name for name in parameters if name not in by_canonical]
-    unexpected = [n for n in by_canonical if n not in parameters and not (n == OUTPUT and spec.tied)]
-    wrong = {
-        name: (str(tuple(p.shape)), str(shapes[by_canonical[name]][0]))
-        for name, p in parameters.items()
-        if name in by_canonical and shapes[by_canonical[name]][0] != tuple(p.shape)
-    }
-    if missing or unexpected or wrong:
-        hint = "compare [model] with `reshard inspect`: name, flavor and the numbers that replace the flavor's"
-        if missing == [OUTPUT] and not unexpected and not wrong:
-            hint = "the checkpoint has no output.weight, its embeddings are tied: --model.tied_embeddings true"
-        raise TensorMismatch(
-            f"the weights of `{directory}` do not fit the model",
-            path=directory, missing=missing, unexpected=unexpected, wrong=wrong, hint=hint,
-        )  # fmt: skip
+    check_shapes(directory, parameters, {c: shapes[name][0] for c, name in by_canonical.items()}, spec)
     dtypes = {shapes[by_canonical[name]][1] for name in parameters}
     own = {dtype_name(p.dtype) for p in parameters.values()}
     if dtypes != own:
@@ -61,6 +47,35 @@ def load_weights(directory: Path, parameters: Mapping[str, nn.Parameter], spec: 
     load(directory, {by_canonical[name]: p for name, p in parameters.items()}, ranks, cast=True)
     if spec.tied and OUTPUT in by_canonical:
         _check_tie(directory, by_canonical[OUTPUT], parameters[EMBEDDING], ranks)
+
+
+def check_shapes(
+    path: Path, parameters: Mapping[str, nn.Parameter], found: Mapping[str, tuple[int, ...]], spec: LlamaSpec
+) -> None:
+    """Do the weights at a path fit the model? found: canonical name -> shape. Raises TensorMismatch, with all of it.
+
+    A tied model may come with an output of its own; that it equals the embedding is for the reader to check.
+    """
+    missing = [name for name in parameters if name not in found]
+    unexpected = [name for name in found if name not in parameters and not (name == OUTPUT and spec.tied)]
+    wrong = {
+        name: (str(tuple(p.shape)), str(found[name]))
+        for name, p in parameters.items()
+        if name in found and found[name] != tuple(p.shape)
+    }
+    if not (missing or unexpected or wrong):
+        return
+    hint = "compare [model] with the checkpoint's: name, flavor and the numbers that replace the flavor's"
+    if missing == [OUTPUT] and not unexpected and not wrong:
+        hint = "it has no output.weight, its embeddings are tied: --model.tied_embeddings true"
+    raise TensorMismatch(
+        f"the weights of `{path}` do not fit the model",
+        path=path,
+        missing=missing,
+        unexpected=unexpected,
+        wrong=wrong,
+        hint=hint,
+    )
 
 
 def _check_tie(directory: Path, stored_name: str, embedding: nn.Parameter, ranks: Ranks) -> None:

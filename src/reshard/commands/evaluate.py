@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,15 @@ from torch import nn
 from reshard.checkpoint.layout import is_foreign
 from reshard.checkpoint.manifest import read_manifest
 from reshard.checkpoint.ranks import Ranks
-from reshard.checkpoint.weights import OUTPUT, load_weights
+from reshard.checkpoint.weights import check_shapes, load_weights
 from reshard.config import Config, load_config
-from reshard.errors import DataError, FormatError, TensorMismatch
+from reshard.errors import DataError, FormatError
 from reshard.formats.torch_pt import check_records, open_pt
 from reshard.model.build import spec_of
 from reshard.model.llama import Llama, cross_entropy_sum
 from reshard.model.names import META, canonical_names
 from reshard.model.spec import LlamaSpec
+from reshard.progress import progress_bar
 from reshard.text.cache import prepare, tokenizer_for
 from reshard.text.entropy import unigram_entropy
 from reshard.text.order import held_out
@@ -60,7 +59,7 @@ def run(
         )
     model = _model(path, spec, config.training.seq_len)
     total = 0.0
-    with torch.inference_mode(), _progress(f"eval {path.name}", len(chosen)) as advance:
+    with torch.inference_mode(), progress_bar(f"eval {path.name}", len(chosen), unit="items") as advance:
         for start in range(0, len(chosen), batch_size):
             batch_BS = torch.from_numpy(chosen[start : start + batch_size])
             total += float(cross_entropy_sum(model(batch_BS[:, :-1]), batch_BS[:, 1:]))
@@ -137,32 +136,7 @@ def _load_pt(path: Path, parameters: Mapping[str, nn.Parameter], spec: LlamaSpec
     check_records(file)
     names = canonical_names(file.tensors, META)
     found = {canonical: file.tensors[name] for name, canonical in names.items()}
-    missing = [name for name in parameters if name not in found]
-    unexpected = [name for name in found if name not in parameters and not (spec.tied and name == OUTPUT)]
-    wrong = {
-        name: (str(tuple(p.shape)), str(found[name].shape))
-        for name, p in parameters.items()
-        if name in found and found[name].shape != tuple(p.shape)
-    }
-    if missing or unexpected or wrong:
-        raise TensorMismatch(
-            f"the weights of `{path}` do not fit the model",
-            path=path, missing=missing, unexpected=unexpected, wrong=wrong, hint="name the right --model or --config",
-        )  # fmt: skip
+    check_shapes(path, parameters, {name: tensor.shape for name, tensor in found.items()}, spec)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(found[name].read())
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], object]]:
-    """Yields what to call with the number of sequences done. Silent where stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.advance(task, done)

@@ -197,14 +197,10 @@ def _named(shard: PtFile, n_layers: int) -> dict[str, StoredTensor]:
             path=shard.path,
             hint="use the bf16 release of the same model",
         )
-    try:
-        names = canonical_names([*shard.tensors, *shard.others])
-    except TensorMismatch as e:
-        raise TensorMismatch(
-            f"{shard.path} is not a Llama of Meta's: {e.message}", path=shard.path, hint=e.hint
-        ) from None
+    names = canonical_names([*shard.tensors, *shard.others], META, path=shard.path)
     part = {canonical: shard.tensors[name] for name, canonical in names.items() if name in shard.tensors}
-    expected = _all_names(n_layers)
+    layers = sum(row_of(name) == row_of(_WQ) for name in part)
+    expected = _all_names(min(n_layers, layers + 1))  # params.json may say a number that no list could hold
     missing = [name for name in expected if name not in part and name != _OUTPUT]
     unexpected = sorted(set(part) - set(expected))
     wrong = {

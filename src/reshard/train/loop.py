@@ -25,14 +25,15 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from reshard.checkpoint.commit import recover
 from reshard.checkpoint.layout import step_directory
-from reshard.checkpoint.load import Start, choose
+from reshard.checkpoint.load import Start
 from reshard.checkpoint.lock import check_shared, own_folder
 from reshard.checkpoint.manifest import Manifest
+from reshard.checkpoint.quarantine import SetAside
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.retain import retain
 from reshard.checkpoint.save import About, save
 from reshard.checkpoint.state import dtype_from_name, dtype_name
-from reshard.checkpoint.weights import load_weights, weights_state
+from reshard.checkpoint.weights import weights_state
 from reshard.config import Config, config_to_toml
 from reshard.errors import ConfigError, TrainingError
 from reshard.model.build import spec_of
@@ -41,18 +42,12 @@ from reshard.model.spec import LlamaSpec, flops_per_token, parameter_count
 from reshard.parallel.dims import Layout, build_mesh, check_batch, check_fit, resolve_layout
 from reshard.parallel.shard import set_gradient_sync, shard_model
 from reshard.parallel.world import Place, World, join, place_from_environment, set_timeouts
-from reshard.text.cache import TokenData, fingerprint_difference, full_fingerprint, prepare
+from reshard.text.cache import TokenData, full_fingerprint, prepare
 from reshard.text.order import TrainingText, held_out
 from reshard.train.metrics import Reporter
 from reshard.train.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from reshard.train.space import check_space
-from reshard.train.start import (
-    TrainState,
-    fresh_global_batch,
-    full_state,
-    initialise,
-    resume,
-)
+from reshard.train.start import TrainState, check_data, first_choice, fresh_global_batch, full_state, load_or_fall_back
 
 logger = logging.getLogger(__name__)
 
@@ -103,25 +98,19 @@ def _train(
 
     # -- what to start from --------------------------------------------------------------------------------------
     start = Start()
+    aside: list[SetAside] = []
     if config.checkpoint.enable_checkpoint:
         for line in ranks.on_first(lambda: recover(folder)):
             logger.info("%s", line)
         check_shared(folder, ranks)
-        start = ranks.on_first(
-            lambda: choose(
-                folder,
-                load_step=config.checkpoint.load_step,
-                steps=t.steps,
-                initial_load_path=config.checkpoint.initial_load_path,
-            )
-        )
+        start, aside = ranks.on_first(lambda: first_choice(config))
         for line in start.notes:
             logger.info("%s", line)
         if start.finished:
             assert start.manifest is not None
             logger.info("%s has reached training.steps %d: nothing to do", start.directory, t.steps)
             return Outcome(start.manifest.step, None, start.directory)
-        _check_data(start, fingerprint, config)
+        check_data(start, fingerprint, config)
 
     # -- the model, this rank's part of it -----------------------------------------------------------------------
     begun = time.perf_counter()
@@ -137,12 +126,7 @@ def _train(
         ranks.on_first(lambda: check_space(folder, spec, config))
 
     state = TrainState(global_batch_size=fresh_global_batch(config, layout.dp), rng_seed=t.rng_seed)
-    if start.resume:
-        state = resume(start, config, fingerprint, parameters, optimizer, ranks)
-    elif start.directory is not None:
-        load_weights(start.directory, parameters, spec, ranks)
-    else:
-        initialise(parameters, spec, t.rng_seed)
+    start, state, lost = load_or_fall_back(start, state, config, spec, fingerprint, parameters, optimizer, ranks)
     micro_steps = check_batch(layout, config, state.global_batch_size)
 
     # -- what the steps need -------------------------------------------------------------------------------------
@@ -156,7 +140,13 @@ def _train(
         device=world.device,
         loss_context=loss_parallel if layout.tp > 1 and not config.parallelism.disable_loss_parallel else nullcontext,
     )
-    clean_up = partial(retain, folder, config.checkpoint.keep_latest_k, protected=start.directory)
+    clean_up = partial(
+        retain,
+        folder,
+        config.checkpoint.keep_latest_k,
+        keep_every_n=config.checkpoint.keep_every_n,
+        protected=start.directory,
+    )
     tokens_per_step = state.global_batch_size * t.seq_len
     last_step = min(t.steps, t.stop_after) if t.stop_after else t.steps
     origin = About(
@@ -181,6 +171,8 @@ def _train(
         loaded=str(start.directory) if start.directory else None, notes=list(start.notes),
         setup_s=time.perf_counter() - begun,
     )  # fmt: skip
+    for step_lost in (*aside, *lost):
+        report.event("rollback", step=state.step, **step_lost.to_dict())
     logger.info(
         "%s: %s parameters, %s, %s, global batch %d x %d tokens, %d micro-step(s), from %s",
         config.model.flavor, f"{parameter_count(spec):,}", layout, _dtypes(t.dtype, compute),
@@ -314,7 +306,7 @@ def _validate(model: Llama, sequences: Any, share: Share, layout: Layout) -> flo
                 total += _plain(cross_entropy_sum(model(batch_BS[:, :-1].clamp(min=0)), batch_BS[:, 1:]))
     share.sum_over_ranks(total)
     model.train()
-    return total.item() / (len(sequences) * seq_len)
+    return total.item() / float(len(sequences) * seq_len)
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -340,18 +332,6 @@ def _after_save(manifest: Manifest, directory: Path, seconds: float, report: Rep
     report.event(
         "save", step=manifest.step, kind=manifest.kind, bytes=manifest.bytes, seconds=seconds, path=str(directory)
     )
-
-
-def _check_data(start: Start, fingerprint: dict[str, Any], config: Config) -> None:
-    """A resume reads on where it stopped, so it must be the same stream. Raises ConfigError naming the difference."""
-    if not start.resume or start.manifest is None or "data" in config.checkpoint.exclude_from_loading:
-        return
-    difference = fingerprint_difference(start.manifest.data or {}, fingerprint)
-    if difference is not None:
-        raise ConfigError(
-            f"checkpoint `{start.directory}` was trained on another token stream: {difference}",
-            hint="restore the option, or begin the data anew with --checkpoint.exclude_from_loading data",
-        )
 
 
 def _source(start: Start, config: Config) -> dict[str, Any]:

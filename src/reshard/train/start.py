@@ -8,19 +8,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reshard.checkpoint.load import Start, load
+from reshard.checkpoint.load import Start, choose, load
+from reshard.checkpoint.quarantine import SetAside, set_aside, set_damaged_aside
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.save import tensor_state
 from reshard.checkpoint.state import State, local_part
+from reshard.checkpoint.weights import load_weights
 from reshard.config import Config
-from reshard.errors import ConfigError, LayoutError, TensorMismatch
+from reshard.errors import ConfigError, IntegrityError, LayoutError, NotACheckpoint, TensorMismatch
 from reshard.model.init import initial_rows
 from reshard.model.spec import LlamaSpec
+from reshard.text.cache import fingerprint_difference
 from reshard.train.optimizer import group_values, optimizer_moments
 
 logger = logging.getLogger(__name__)
@@ -68,10 +73,89 @@ def initialise(parameters: Mapping[str, nn.Parameter], spec: LlamaSpec, rng_seed
                 local.copy_(rows[(slice(None), *others)])
 
 
+def first_choice(config: Config) -> tuple[Start, list[SetAside]]:
+    """What this run should start from, as the folder is now. Rank 0 only; see checkpoint.load.choose.
+
+    Steps that their own manifest shows to be damaged are set aside first, unless one step is asked for by number.
+    """
+    folder = config.checkpoint_folder
+    aside = set_damaged_aside(folder) if config.checkpoint.load_step < 0 else []
+    start = choose(
+        folder,
+        load_step=config.checkpoint.load_step,
+        steps=config.training.steps,
+        initial_load_path=config.checkpoint.initial_load_path,
+    )
+    return start, aside
+
+
+def load_or_fall_back(
+    start: Start,
+    fresh: TrainState,
+    config: Config,
+    spec: LlamaSpec,
+    fingerprint: dict[str, Any],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+) -> tuple[Start, TrainState, list[SetAside]]:
+    """Fill model and optimizer, falling back past damaged steps. Returns what it came to, and what was set aside.
+
+    fresh: the state of a run at step 0. Damage falls back only where the newest step was asked for, and never to
+    nothing: with no whole checkpoint left the error is raised. All ranks agree on every step of it. Collective.
+    """
+    aside: list[SetAside] = []
+    while True:
+        try:
+            if start.resume:
+                return start, resume(start, config, parameters, optimizer, ranks), aside
+            if start.directory is not None:
+                load_weights(start.directory, parameters, spec, ranks)
+            else:
+                initialise(parameters, spec, config.training.rng_seed)
+            return start, fresh, aside
+        except IntegrityError as error:
+            damaged = start.directory
+            if config.checkpoint.load_step >= 0 or damaged is None or damaged.parent != config.checkpoint_folder:
+                error.hint = error.hint or f"`reshard verify {damaged}` says what is damaged; name another step"
+                raise
+        start, aside = ranks.on_first(partial(_next_choice, config, damaged, aside))
+        check_data(start, fingerprint, config)
+        if ranks.is_first:
+            lost = ", ".join(a.directory.name for a in aside)
+            logger.warning("falling back to %s; lost: %s", start.directory, lost)
+
+
+def _next_choice(config: Config, damaged: Path, before: list[SetAside]) -> tuple[Start, list[SetAside]]:
+    """Rank 0: set the damaged step aside and choose again."""
+    aside = [*before, set_aside(damaged)]
+    start, more = first_choice(config)
+    aside += more
+    if start.directory is None or start.finished:
+        raise NotACheckpoint(
+            f"no whole checkpoint is left in `{config.checkpoint_folder}`: {aside[-1].now.name} was set aside, "
+            f"{aside[-1].reason}",
+            path=config.checkpoint_folder,
+            hint="start afresh in another --checkpoint.folder, or restore a checkpoint from a copy",
+        )
+    return start, aside
+
+
+def check_data(start: Start, fingerprint: dict[str, Any], config: Config) -> None:
+    """A resume reads on where it stopped, so it must be the same stream. Raises ConfigError naming the difference."""
+    if not start.resume or start.manifest is None or "data" in config.checkpoint.exclude_from_loading:
+        return
+    difference = fingerprint_difference(start.manifest.data or {}, fingerprint)
+    if difference is not None:
+        raise ConfigError(
+            f"checkpoint `{start.directory}` was trained on another token stream: {difference}",
+            hint="restore the option, or begin the data anew with --checkpoint.exclude_from_loading data",
+        )
+
+
 def resume(
     start: Start,
     config: Config,
-    fingerprint: dict[str, Any],
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     ranks: Ranks,
@@ -97,7 +181,7 @@ def resume(
     train_state = TrainState(**{name: int(t) for name, t in numbers.items()})
     assert train_state == saved, f"manifest and tensors disagree: {saved}, {train_state}"
     if "data" in excluded:
-        logger.info("data: starting %s afresh, as exclude_from_loading says", fingerprint.get("dataset"))
+        logger.info("data: starting the text afresh, as exclude_from_loading says")
         train_state = replace(train_state, next_sequence=0, rng_seed=config.training.rng_seed)
     return _global_batch(train_state, config)
 

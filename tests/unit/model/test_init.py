@@ -11,6 +11,8 @@ import torch
 from reshard.model.init import BLOCK_NUMBERS, initial_rows, initial_std
 from reshard.model.spec import FLAVORS, LlamaSpec, parameter_shapes
 
+torch.set_num_threads(1)
+
 DEBUG = FLAVORS["debugmodel"]
 # Rows of 3,000 numbers: blocks of 349 rows, so that cuts fall inside of blocks, on their edges and across several.
 WIDE = LlamaSpec(dim=3000, n_layers=1, n_heads=30, n_kv_heads=10, ffn_dim=64, vocab_size=1500)
@@ -25,7 +27,7 @@ def whole() -> torch.Tensor:
 
 def test_any_split_of_the_rows_gives_the_same_bits(whole: torch.Tensor) -> None:
     rng = random.Random(0)
-    splits = [[*sorted(rng.sample(range(1, WIDE.vocab_size), rng.randint(0, 6)))] for _ in range(12)]
+    splits = [[*sorted(rng.sample(range(1, WIDE.vocab_size), rng.randint(0, 6)))] for _ in range(6)]
     splits += [[BLOCK_ROWS], [BLOCK_ROWS - 1, BLOCK_ROWS + 1], [1], [WIDE.vocab_size - 1], [750], [375, 750, 1125]]
     for cuts in splits:
         edges = [0, *cuts, WIDE.vocab_size]

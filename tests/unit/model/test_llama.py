@@ -15,6 +15,8 @@ from reshard.model.llama import Llama, RMSNorm, cross_entropy_sum
 from reshard.model.rope import rope_frequencies, rope_table, rotate
 from reshard.model.spec import FLAVORS, LlamaSpec, RopeScaling, flavor, parameter_shapes
 
+torch.set_num_threads(1)  # small tensors: a second thread only waits for the first
+
 Weights = dict[str, Tensor]
 
 DEBUG = FLAVORS["debugmodel"]

@@ -11,22 +11,8 @@ import pytest
 
 from reshard.config import Config
 
-MERGES = [
-    b"th",
-    b"he",
-    b"the",
-    b" the",
-    b"in",
-    b"ing",
-    b"  ",
-    b"    ",
-    b"\n\n",
-    b"re",
-    b"return",
-    b"12",
-    b"123",
-    b"\xc3\xa9",
-]
+MERGES = [b"th", b"he", b"the", b" the", b"in", b"ing", b"  ", b"    ", b"\n\n", b"re", b"return", b"12", b"123"]
+MERGES += [b"\xc3\xa9", b"  \n"]
 
 
 def ranks_of(merges: list[bytes]) -> dict[bytes, int]:

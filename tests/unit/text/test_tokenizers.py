@@ -284,9 +284,9 @@ def test_vocabulary_against_the_model(tokenizer_model: Path) -> None:
         check_vocabulary(load("bytes"), 257)
     assert "--model.vocab_size 258" in str(caught.value)
     assert caught.value.key == "model.vocab_size"
-    check_tokenizer(str(tokenizer_model), 526)
+    check_tokenizer(str(tokenizer_model), 527)
     check_tokenizer("bpe", 258)
-    for path, size in ((str(tokenizer_model), 525), ("bpe", 257), ("bytes", 1)):
+    for path, size in ((str(tokenizer_model), 526), ("bpe", 257), ("bytes", 1)):
         with pytest.raises(ConfigError):
             check_tokenizer(path, size)
 

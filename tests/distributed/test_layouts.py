@@ -1,0 +1,139 @@
+"""Does every layout compute the same thing? In float64, where a sum's order costs 1e-16 and a mistake costs all.
+
+All runs begin at one seed checkpoint. A loss, a gradient norm and the weights after some steps are compared with those
+of one process: a gradient that is missing, counted twice or scaled changes them by far more than 1e-11.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STEPS = 4
+LOSS, WEIGHTS = 1e-11, 1e-9  # relative, and relative to the largest value of each tensor
+
+PLAIN: dict[str, dict[str, Any]] = {}
+TIED = {"model": {"tied_embeddings": True}}
+RECOMPUTE_2 = {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"}}
+RECOMPUTE_1 = {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "1"}}
+RECOMPUTE_OP = {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"}}
+RECOMPUTE_FULL = {"activation_checkpoint": {"mode": "full"}}
+WHOLE_LOGITS = {"parallelism": {"disable_loss_parallel": True}}
+KEEP_GATHERED = {"parallelism": {"fsdp_reshard_after_forward": "never"}}
+ONE_BY_ONE = {"training": {"batch_size": 1}}  # twice as many micro-steps
+
+
+def both(*parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    merged: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for section, values in part.items():
+            merged[section] = merged.get(section, {}) | values
+    return merged
+
+
+# layout -> title -> what is different from the plain run
+VARIANTS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
+    "1": {
+        "plain": PLAIN,
+        "tied": TIED,
+        "recompute 2": RECOMPUTE_2,
+        "recompute op": RECOMPUTE_OP,
+        "recompute full": RECOMPUTE_FULL,
+        "one by one": ONE_BY_ONE,
+        "all at once": {"training": {"batch_size": 8}},
+    },
+    "fsdp2": {
+        "plain": PLAIN,
+        "tied": TIED,
+        "recompute 2": RECOMPUTE_2,
+        "recompute op": RECOMPUTE_OP,
+        "recompute full": RECOMPUTE_FULL,
+        "one by one": ONE_BY_ONE,
+        "keep gathered": KEEP_GATHERED,
+        "keep gathered, one by one": both(KEEP_GATHERED, ONE_BY_ONE),
+        "tied, recompute full": both(TIED, RECOMPUTE_FULL),
+    },
+    "fsdp4": {"plain": PLAIN, "tied": TIED, "one by one": ONE_BY_ONE},
+    "hsdp2x2": {
+        "plain": PLAIN,
+        "tied": TIED,
+        "one by one": ONE_BY_ONE,
+        "keep gathered": KEEP_GATHERED,
+        "recompute op": RECOMPUTE_OP,
+    },
+    "rep2": {"plain": PLAIN, "one by one": ONE_BY_ONE},
+    "tp2": {
+        "plain": PLAIN,
+        "tied": TIED,
+        "whole logits": WHOLE_LOGITS,
+        "tied, whole logits": both(TIED, WHOLE_LOGITS),
+        "recompute 1": RECOMPUTE_1,
+        "recompute op": RECOMPUTE_OP,
+        "recompute full": RECOMPUTE_FULL,
+        "one by one": ONE_BY_ONE,
+    },
+    "fsdp2xtp2": {
+        "plain": PLAIN,
+        "tied": TIED,
+        "whole logits": WHOLE_LOGITS,
+        "tied, whole logits": both(TIED, WHOLE_LOGITS),
+        "recompute op": RECOMPUTE_OP,
+        "recompute full": RECOMPUTE_FULL,
+        "one by one": ONE_BY_ONE,
+        "keep gathered": KEEP_GATHERED,
+    },
+}
+CASES = [pytest.param(layout, title, id=f"{layout}-{title}") for layout, titles in VARIANTS.items() for title in titles]
+
+
+@pytest.fixture(scope="module")
+def seeds(launch: Any, tiny: Any, copied: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """A seed checkpoint of the untied and of the tied model, as `reshard seed` makes them."""
+    folder = tmp_path_factory.mktemp("seeds")
+    found = {}
+    for tied in (False, True):
+        model = {"tied_embeddings": tied}
+        (rank,) = launch(tiny(folder / str(tied), model=model, training={"dtype": "float64"}), verb="seed")
+        found[tied] = Path(rank.checkpoint)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(launch: Any, tiny: Any, seeds: dict[bool, Path], copied: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(layout, title) -> the folder of its run; all runs of a layout share one launch, made when first asked for."""
+    folder = tmp_path_factory.mktemp("runs")
+    done: set[str] = set()
+
+    def run(layout: str, title: str) -> Path:
+        if layout not in done:
+            done.add(layout)
+            configs = []
+            for name, changes in VARIANTS[layout].items():
+                place = folder / layout / name
+                config = tiny(place, layout, **both({"training": {"dtype": "float64", "steps": STEPS}}, changes))
+                copied(seeds["tied" in name], place / "checkpoint" / "step-0")
+                configs.append(config)
+            launch.each(configs)
+        return folder / layout / title
+
+    return run
+
+
+@pytest.mark.parametrize(("layout", "title"), CASES)
+def test_every_layout_computes_what_one_process_computes(
+    layout: str, title: str, runs: Any, metrics: Any, events: Any, plain: Any
+) -> None:
+    one, other = runs("1", "tied" if "tied" in title else "plain"), runs(layout, title)
+    assert events(other)[0]["loaded"].endswith("step-0")
+    expected, found = metrics(one), metrics(other)
+    assert [step for step, _, _ in found] == list(range(1, STEPS + 1))
+    assert len({loss for _, loss, _ in expected}) == STEPS  # it does move
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(expected, found, strict=True):
+        assert other_loss == pytest.approx(loss, rel=LOSS, abs=0)
+        assert other_norm == pytest.approx(norm, rel=LOSS, abs=0)
+    ours, theirs = (plain(folder / "checkpoint" / f"step-{STEPS}") for folder in (one, other))
+    assert set(ours) == set(theirs)
+    for name, tensor in ours.items():
+        assert float((tensor - theirs[name]).abs().max()) <= WEIGHTS * float(tensor.abs().max()), name

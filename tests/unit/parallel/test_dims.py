@@ -1,0 +1,141 @@
+"""Do degrees, ranks, model and batch fit together? What does not is refused with the numbers, before anything starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from reshard.config import Config
+from reshard.errors import LayoutError
+from reshard.model.spec import FLAVORS
+from reshard.parallel.dims import AXES, Layout, check_batch, check_fit, resolve_layout
+
+DEBUG = FLAVORS["debugmodel"]
+
+
+def config(rep: int = 1, shard: int = -1, tp: int = 1, **training: Any) -> Config:
+    degrees = {
+        "data_parallel_replicate_degree": rep,
+        "data_parallel_shard_degree": shard,
+        "tensor_parallel_degree": tp,
+    }
+    return Config().with_values(parallelism=degrees, training=training)
+
+
+@pytest.mark.parametrize(
+    ("world", "rep", "shard", "tp", "expected"),
+    [
+        (1, 1, -1, 1, Layout()),
+        (2, 1, -1, 1, Layout(dp_shard=2)),
+        (4, 1, 4, 1, Layout(dp_shard=4)),
+        (4, 2, -1, 1, Layout(dp_replicate=2, dp_shard=2)),
+        (4, 1, -1, 2, Layout(dp_shard=2, tp=2)),
+        (8, 2, -1, 2, Layout(dp_replicate=2, dp_shard=2, tp=2)),
+        (6, 1, -1, 2, Layout(dp_shard=3, tp=2)),
+        (2, 2, 1, 1, Layout(dp_replicate=2)),
+        (4, 1, 1, 4, Layout(tp=4)),
+    ],
+)
+def test_degrees_become_a_layout(world: int, rep: int, shard: int, tp: int, expected: Layout) -> None:
+    layout = resolve_layout(config(rep, shard, tp), world)
+    assert layout == expected
+    assert layout.world_size == world
+    assert layout.dp * layout.tp == world
+    assert set(layout.to_dict()) == set(AXES)
+
+
+@pytest.mark.parametrize(
+    ("world", "rep", "shard", "tp", "numbers", "hint"),
+    [
+        (3, 1, -1, 2, ("3 ranks", "tp 2"), "start 2 ranks"),
+        (2, 1, 4, 1, ("4", "2 rank"), "start 4 ranks"),
+        (8, 2, 2, 1, ("4", "8 rank"), "start 4 ranks"),
+        (1, 2, -1, 1, ("1 ranks", "dp_replicate 2"), "start 2 ranks"),
+        (4, 1, 0, 1, ("0", "-1"), None),
+    ],
+)
+def test_degrees_that_do_not_fit_the_ranks(
+    world: int, rep: int, shard: int, tp: int, numbers: tuple[str, ...], hint: str | None
+) -> None:
+    with pytest.raises(LayoutError) as caught:
+        resolve_layout(config(rep, shard, tp), world)
+    assert all(number in caught.value.message for number in numbers)
+    assert hint is None or hint in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("name", ["pipeline_parallel_degree", "context_parallel_degree"])
+def test_what_is_not_there_yet_says_so(name: str) -> None:
+    with pytest.raises(LayoutError, match="not yet available"):
+        resolve_layout(Config().with_values(parallelism={name: 2}), 2)
+
+
+def test_async_tensor_parallel_says_not_yet() -> None:
+    with pytest.raises(LayoutError, match="not yet available"):
+        resolve_layout(Config().with_values(parallelism={"enable_async_tensor_parallel": True}), 1)
+
+
+@pytest.mark.parametrize(
+    ("tp", "changes", "words"),
+    [
+        (16, {}, ("8 KV heads", "16")),
+        (32, {}, ("16 query heads", "32")),
+        (8, {"seq_len": 100}, ("100 tokens", "8")),
+        (3, {}, ("16 query heads", "3")),
+    ],
+)
+def test_a_model_that_does_not_divide_is_refused(tp: int, changes: dict[str, int], words: tuple[str, ...]) -> None:
+    asked = config(tp=tp, **changes)
+    with pytest.raises(LayoutError) as caught:
+        check_fit(resolve_layout(asked, tp), DEBUG, asked)
+    assert all(word in caught.value.message for word in words)
+
+
+def test_a_model_that_divides_is_not() -> None:
+    asked = config(tp=8, seq_len=64)
+    check_fit(resolve_layout(asked, 8), DEBUG, asked)
+
+
+@pytest.mark.parametrize(
+    ("layout", "batch_size", "global_batch", "micro_steps"),
+    [
+        (Layout(), 2, 8, 4),
+        (Layout(dp_shard=2), 2, 8, 2),
+        (Layout(dp_shard=4), 2, 8, 1),
+        (Layout(dp_replicate=2, dp_shard=2), 1, 8, 2),
+        (Layout(tp=2), 8, 8, 1),
+        (Layout(dp_shard=3), 2, 12, 2),
+    ],
+)
+def test_micro_steps_of_a_global_batch(layout: Layout, batch_size: int, global_batch: int, micro_steps: int) -> None:
+    assert check_batch(layout, config(batch_size=batch_size), global_batch) == micro_steps
+
+
+@pytest.mark.parametrize(
+    ("layout", "batch_size", "global_batch", "hint"),
+    [
+        (Layout(dp_shard=3), 1, 8, "3 data-parallel ranks must divide 8"),
+        (Layout(dp_shard=2), 3, 8, "--training.batch_size 1 or 2 or 4"),
+        (Layout(), 16, 8, "--training.batch_size"),
+        (Layout(), 1, 0, ""),
+    ],
+)
+def test_a_global_batch_that_does_not_divide(layout: Layout, batch_size: int, global_batch: int, hint: str) -> None:
+    with pytest.raises(LayoutError) as caught:
+        check_batch(layout, config(batch_size=batch_size), global_batch)
+    assert str(global_batch) in caught.value.message
+    assert str(batch_size) in caught.value.message
+    assert hint in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        (Layout(), "1 rank"),
+        (Layout(dp_shard=2), "fsdp2"),
+        (Layout(dp_replicate=2, dp_shard=2), "rep2.fsdp2"),
+        (Layout(dp_shard=2, tp=2), "fsdp2.tp2"),
+    ],
+)
+def test_a_layout_says_its_name(layout: Layout, expected: str) -> None:
+    assert str(layout) == expected
