@@ -421,10 +421,11 @@ def _unknown(section: str, key: str, where: str) -> ConfigError:
         return ConfigError(
             message, key=section, hint=f"did you mean `{close}`?" if close else f"sections: {', '.join(known)}"
         )
-    names = {f"{s}.{k}" for s, cls in known.items() for k in cls.model_fields} | set(compat.ALIASES)
+    # The same key in another section is likelier meant than another key in this one only where nothing here is close.
+    everywhere = [*compat.ALIASES, *(f"{s}.{k}" for s, cls in known.items() for k in cls.model_fields)]
+    by_key = {name.partition(".")[2]: name for name in everywhere}  # ours come last and win
     close = nearest(key, known[section].model_fields)
-    elsewhere = next((f"{s}.{key}" for s, cls in known.items() if key in cls.model_fields), None)
-    close = f"{section}.{close}" if close else elsewhere or nearest(f"{section}.{key}", names)
+    close = f"{section}.{close}" if close else by_key.get(nearest(key, by_key) or "")
     hint = (
         f"did you mean `{close}`?"
         if close

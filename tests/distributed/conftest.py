@@ -44,7 +44,7 @@ class RankFailed(Exception):
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank came to. error: type, message, hint and files of a ReshardError."""
+    """What one rank came to; see ranks.py. error: type, message, hint and files of a ReshardError."""
 
     error: dict[str, Any] | None
     step: int | None
@@ -52,6 +52,7 @@ class Rank:
     checkpoint: str | None
     log: list[str]
     fed: list[list[str]]
+    attentions: int
     before: dict[str, str]
     after: dict[str, str]
 

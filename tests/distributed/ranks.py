@@ -33,7 +33,7 @@ import reshard.train.loop
 from reshard.commands.seed import seed
 from reshard.config import Config
 from reshard.errors import ReshardError
-from reshard.model.llama import Llama
+from reshard.model.llama import Attention, Llama
 
 
 def digest(tensor: Tensor) -> str:
@@ -52,6 +52,7 @@ class Watch:
 
     def __init__(self, sequences: bool, tensors: bool) -> None:
         self.fed: list[list[str]] = []  # per forward pass of the model: a digest of each sequence
+        self.attentions = 0  # how often an attention ran in training: twice a layer where it is recomputed
         self.before: dict[str, str] = {}  # name -> digest, as the first optimizer step found it
         self.after: dict[str, str] = {}  # and as the last one left it
         self._model: Llama | None = None
@@ -65,6 +66,8 @@ class Watch:
             ]
 
     def _see_forward(self, module: Any, inputs: Any, sequences: bool) -> None:
+        if isinstance(module, Attention) and module.training:
+            self.attentions += 1
         if isinstance(module, Llama):
             self._model = module
             if sequences and module.training:
@@ -129,7 +132,10 @@ def work(request: dict[str, Any], sections: dict[str, Any], rank: int) -> dict[s
         logging.getLogger("reshard").removeHandler(lines)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    return {**result, "log": lines.lines, "fed": watch.fed, "before": watch.before, "after": watch.after}
+    return {
+        **result, "log": lines.lines, "fed": watch.fed, "attentions": watch.attentions,
+        "before": watch.before, "after": watch.after,
+    }  # fmt: skip
 
 
 def be_rank(request: dict[str, Any], rank: int) -> None:

@@ -22,6 +22,7 @@ RECOMPUTE_OP = {"activation_checkpoint": {"mode": "selective", "selective_ac_opt
 RECOMPUTE_FULL = {"activation_checkpoint": {"mode": "full"}}
 WHOLE_LOGITS = {"parallelism": {"disable_loss_parallel": True}}
 KEEP_GATHERED = {"parallelism": {"fsdp_reshard_after_forward": "never"}}
+RAGGED = {"model": {"ffn_dim": 130, "vocab_size": 518}}  # rows that neither 4 ranks nor 2 x 2 share evenly
 ONE_BY_ONE = {"training": {"batch_size": 1}}  # twice as many micro-steps
 
 
@@ -43,6 +44,7 @@ VARIANTS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "recompute full": RECOMPUTE_FULL,
         "one by one": ONE_BY_ONE,
         "all at once": {"training": {"batch_size": 8}},
+        "ragged": RAGGED,
     },
     "fsdp2": {
         "plain": PLAIN,
@@ -55,7 +57,7 @@ VARIANTS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "keep gathered, one by one": both(KEEP_GATHERED, ONE_BY_ONE),
         "tied, recompute full": both(TIED, RECOMPUTE_FULL),
     },
-    "fsdp4": {"plain": PLAIN, "tied": TIED, "one by one": ONE_BY_ONE},
+    "fsdp4": {"plain": PLAIN, "tied": TIED, "one by one": ONE_BY_ONE, "ragged": RAGGED},
     "hsdp2x2": {
         "plain": PLAIN,
         "tied": TIED,
@@ -83,40 +85,45 @@ VARIANTS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "recompute full": RECOMPUTE_FULL,
         "one by one": ONE_BY_ONE,
         "keep gathered": KEEP_GATHERED,
+        "ragged": RAGGED,
     },
 }
 CASES = [pytest.param(layout, title, id=f"{layout}-{title}") for layout, titles in VARIANTS.items() for title in titles]
 
 
+MODELS = {"plain": PLAIN, "tied": TIED, "ragged": RAGGED}
+
+
+def model_of(title: str) -> str:
+    return next((name for name in ("tied", "ragged") if name in title), "plain")
+
+
 @pytest.fixture(scope="module")
-def seeds(launch: Any, tiny: Any, copied: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """A seed checkpoint of the untied and of the tied model, as `reshard seed` makes them."""
+def seeds(launch: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A seed checkpoint of each model, as `reshard seed` makes them."""
     folder = tmp_path_factory.mktemp("seeds")
-    found = {}
-    for tied in (False, True):
-        model = {"tied_embeddings": tied}
-        (rank,) = launch(tiny(folder / str(tied), model=model, training={"dtype": "float64"}), verb="seed")
-        found[tied] = Path(rank.checkpoint)
-    return found
+    configs = [tiny(folder / name, **both({"training": {"dtype": "float64"}}, model)) for name, model in MODELS.items()]
+    made = launch.each(configs, verb="seed")
+    return {name: Path(rank.checkpoint) for name, (rank,) in zip(MODELS, made, strict=True)}
 
 
 @pytest.fixture(scope="module")
-def runs(launch: Any, tiny: Any, seeds: dict[bool, Path], copied: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(layout, title) -> the folder of its run; all runs of a layout share one launch, made when first asked for."""
+def runs(launch: Any, tiny: Any, seeds: dict[str, Path], copied: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(layout, title) -> folder and ranks of its run; a layout's runs share one launch, made when first asked for."""
     folder = tmp_path_factory.mktemp("runs")
-    done: set[str] = set()
+    done: dict[tuple[str, str], tuple[Path, list[Any]]] = {}
 
-    def run(layout: str, title: str) -> Path:
-        if layout not in done:
-            done.add(layout)
+    def run(layout: str, title: str) -> tuple[Path, list[Any]]:
+        if (layout, title) not in done:
             configs = []
             for name, changes in VARIANTS[layout].items():
                 place = folder / layout / name
                 config = tiny(place, layout, **both({"training": {"dtype": "float64", "steps": STEPS}}, changes))
-                copied(seeds["tied" in name], place / "checkpoint" / "step-0")
+                copied(seeds[model_of(name)], place / "checkpoint" / "step-0")
                 configs.append(config)
-            launch.each(configs)
-        return folder / layout / title
+            for name, ranks in zip(VARIANTS[layout], launch.each(configs), strict=True):
+                done[layout, name] = folder / layout / name, ranks
+        return done[layout, title]
 
     return run
 
@@ -125,7 +132,9 @@ def runs(launch: Any, tiny: Any, seeds: dict[bool, Path], copied: Any, tmp_path_
 def test_every_layout_computes_what_one_process_computes(
     layout: str, title: str, runs: Any, metrics: Any, events: Any, plain: Any
 ) -> None:
-    one, other = runs("1", "tied" if "tied" in title else "plain"), runs(layout, title)
+    (one, _), (other, ranks) = runs("1", model_of(title)), runs(layout, title)
+    assert all(rank.error is None and rank.step == STEPS for rank in ranks)
+    assert len({rank.loss for rank in ranks}) == 1  # every rank knows the loss of all
     assert events(other)[0]["loaded"].endswith("step-0")
     expected, found = metrics(one), metrics(other)
     assert [step for step, _, _ in found] == list(range(1, STEPS + 1))
@@ -137,3 +146,13 @@ def test_every_layout_computes_what_one_process_computes(
     assert set(ours) == set(theirs)
     for name, tensor in ours.items():
         assert float((tensor - theirs[name]).abs().max()) <= WEIGHTS * float(tensor.abs().max()), name
+
+
+@pytest.mark.parametrize(
+    ("layout", "title"), [(layout, title) for layout, titles in VARIANTS.items() for title in titles if "recompute" in title]
+)
+def test_recomputing_layers_do_recompute(layout: str, title: str, runs: Any) -> None:
+    # Or else the cases above would compare a run with itself. The model has two layers.
+    (_, (plain_rank, *_)), (_, (rank, *_)) = runs(layout, "plain"), runs(layout, title)
+    extra = {"recompute 2": 1.5, "recompute 1": 2, "recompute op": 2, "recompute full": 2, "tied, recompute full": 2}
+    assert rank.attentions == extra[title] * plain_rank.attentions > 0

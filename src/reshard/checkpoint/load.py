@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from reshard.checkpoint.exchange import read_exchanging
 from reshard.checkpoint.layout import Entry, entries, is_foreign, step_directory
 from reshard.checkpoint.manifest import Manifest, read_manifest
 from reshard.checkpoint.metadata import read_metadata
@@ -144,13 +145,19 @@ def load(directory: Path, state: Mapping[str, Tensor], ranks: Ranks, *, cast: bo
     Raises: TensorMismatch, IntegrityError, StorageError.
     """
 
-    def read() -> int:
+    def index() -> tuple[Manifest | None, Metadata]:
         manifest = None if is_foreign(directory) else read_manifest(directory)
         metadata = read_metadata(directory, manifest)
         check_names(directory, metadata, state, cast=cast)
-        return read_tensors(directory, metadata, state, manifest=manifest, cast=cast)
+        return manifest, metadata
 
-    return ranks.everywhere(read)[ranks.rank]
+    if ranks.size == 1:
+        manifest, metadata = index()
+        return read_tensors(directory, metadata, state, manifest=manifest)
+    opened: list[tuple[Manifest | None, Metadata]] = []
+    ranks.everywhere(lambda: opened.append(index()))
+    manifest, metadata = opened[0]
+    return read_exchanging(directory, metadata, state, ranks, manifest=manifest)
 
 
 def stored_names(directory: Path) -> dict[str, tuple[tuple[int, ...], str]]:

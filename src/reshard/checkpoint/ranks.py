@@ -5,13 +5,15 @@ All of it is small objects on a CPU group (gloo): no control traffic ever goes t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from reshard.errors import ReshardError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -53,6 +55,59 @@ class Ranks:
         for o in outcomes:
             _result(o)
         return [_result(o) for o in outcomes]
+
+    def maximum(self, *values: int) -> list[int]:
+        """The largest of each value over all ranks: one small round. Collective."""
+        if self._group is None:
+            return list(values)
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        return [int(value) for value in tensor.tolist()]
+
+    @contextmanager
+    def messages(self) -> Iterator[Messages]:
+        """Tensors from rank to rank; all have arrived when the block ends. Between two ranks, in the order of calls."""
+        messages = Messages(self._group)
+        yield messages
+        messages.wait()
+
+
+class Messages:
+    """Sends and receives under way. Every send needs its receive on the other side."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self._waiting: list[tuple[Any, Tensor]] = []  # with their tensors, which must live until then
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """Send a contiguous CPU tensor to a rank of the group."""
+        import torch.distributed as dist
+
+        data = _raw(tensor)
+        self._waiting.append((dist.isend(data, group=self._group, group_dst=to), data))
+
+    def receive(self, tensor: Tensor, sender: int) -> None:
+        """Receive into a contiguous CPU tensor; its values are there after `wait`."""
+        import torch.distributed as dist
+
+        data = _raw(tensor)
+        self._waiting.append((dist.irecv(data, group=self._group, group_src=sender), data))
+
+    def wait(self) -> None:
+        """Until all of it has arrived."""
+        for work, _data in self._waiting:
+            work.wait()
+        self._waiting.clear()
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """The same memory as bytes: gloo does not know every dtype."""
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[bool, Any]:

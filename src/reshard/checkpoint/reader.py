@@ -9,7 +9,7 @@ import io
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -45,18 +45,19 @@ def check_names(directory: Path, metadata: Metadata, wanted: Mapping[str, Tensor
 
 
 def read_tensors(
-    directory: Path, metadata: Metadata, wanted: Mapping[str, Tensor], *, manifest: Manifest | None, cast: bool = False
+    directory: Path, metadata: Metadata, wanted: Mapping[str, Tensor], *, manifest: Manifest | None
 ) -> int:
-    """Fill this rank's part of each tensor in place. Returns the bytes read.
+    """Fill this rank's part of each tensor in place, on its own. Returns the bytes read.
 
-    wanted: stored name -> destination (a DTensor's local shard is filled). Call check_names first.
+    wanted: stored name -> destination (a DTensor's local shard is filled); numbers are converted to its dtype, so call
+    check_names first where that must not be.
     manifest: None for a foreign directory; then whole chunks are read, as only those have a CRC.
-    cast: convert where dtypes differ. Memory: none for rows of CPU tensors of the stored dtype, else one chunk.
+    Memory: none for rows of CPU tensors of the stored dtype, else one chunk.
     Raises: IntegrityError naming file and tensor where a stored CRC, size or shape disagrees; StorageError.
     """
     jobs = [job for name, tensor in wanted.items() for job in _jobs(directory, metadata, name, tensor)]
     jobs.sort(key=lambda job: (job.file, job.offset))
-    with _Files(directory, manifest) as files, torch.no_grad():
+    with Files(directory, manifest) as files, torch.no_grad():
         return sum(files.read(job) for job in jobs)
 
 
@@ -69,9 +70,12 @@ def read_whole(directory: Path, metadata: Metadata, name: str, manifest: Manifes
     return result
 
 
+_NOWHERE = torch.empty(0)
+
+
 @dataclass(frozen=True)
-class _Job:
-    """One stored chunk of which a part is wanted."""
+class Job:
+    """One stored chunk, the part of it that is wanted, and where that goes."""
 
     name: str
     file: str
@@ -80,27 +84,38 @@ class _Job:
     dtype: torch.dtype
     chunk: Box
     common: Box  # the part of the chunk that is wanted
-    target: Tensor  # where it goes: the view of the local shard, of common's sizes
+    target: Tensor = _NOWHERE  # of common's sizes, often a view of a rank's shard
+
+    def part(self, common: Box, target: Tensor = _NOWHERE) -> Job:
+        """The same chunk, another part of it."""
+        return replace(self, common=common, target=target)
 
 
-def _jobs(directory: Path, metadata: Metadata, name: str, tensor: Tensor) -> Iterator[_Job]:
-    local, box = local_part(tensor)
+def stored_chunks(directory: Path, metadata: Metadata, name: str) -> list[Job]:
+    """Where is each chunk of a tensor stored? Raises IntegrityError where the index does not say."""
     stored = metadata.state_dict_metadata[name]
     assert isinstance(stored, TensorStorageMetadata)
-    filled = 0
+    found = []
     for piece in stored.chunks:
-        chunk = Box(tuple(piece.offsets), tuple(piece.sizes))
-        common = box.overlap(chunk)
-        if common is None:
-            continue
-        filled += common.volume
+        box = Box(tuple(piece.offsets), tuple(piece.sizes))
         info = metadata.storage_data.get(MetadataIndex(name, piece.offsets))
         if info is None:
             raise IntegrityError(
-                f"`{directory}` does not say where {name} at {chunk.offsets} is stored", path=directory, rank_local=True
+                f"`{directory}` does not say where {name} at {box.offsets} is stored", path=directory, rank_local=True
             )
-        target = local[common.slices_in(box)] if common.sizes else local
-        yield _Job(name, info.relative_path, info.offset, info.length, stored.properties.dtype, chunk, common, target)
+        found.append(Job(name, info.relative_path, info.offset, info.length, stored.properties.dtype, box, box))
+    return found
+
+
+def _jobs(directory: Path, metadata: Metadata, name: str, tensor: Tensor) -> Iterator[Job]:
+    local, box = local_part(tensor)
+    filled = 0
+    for chunk in stored_chunks(directory, metadata, name):
+        common = box.overlap(chunk.chunk)
+        if common is None:
+            continue
+        filled += common.volume
+        yield chunk.part(common, local[common.slices_in(box)] if common.sizes else local)
     if filled != box.volume:
         raise IntegrityError(
             f"`{directory}` stores {filled} of the {box.volume} numbers wanted of {name}",
@@ -109,21 +124,21 @@ def _jobs(directory: Path, metadata: Metadata, name: str, tensor: Tensor) -> Ite
         )
 
 
-class _Files:
+class Files:
     """The data files of one directory, opened once each, with their block sums."""
 
     def __init__(self, directory: Path, manifest: Manifest | None) -> None:
         self._directory, self._manifest = directory, manifest
         self._open: dict[str, tuple[int, int, BlockSums | None]] = {}
 
-    def __enter__(self) -> _Files:
+    def __enter__(self) -> Files:
         return self
 
     def __exit__(self, *_: object) -> None:
         for fd, _size, _sums in self._open.values():
             os.close(fd)
 
-    def read(self, job: _Job) -> int:
+    def read(self, job: Job) -> int:
         """Read one job's part into its target. Returns the bytes read."""
         try:
             fd, size, sums = self._file(job)
@@ -141,7 +156,7 @@ class _Files:
                 rank_local=True,
             ) from None
 
-    def _file(self, job: _Job) -> tuple[int, int, BlockSums | None]:
+    def _file(self, job: Job) -> tuple[int, int, BlockSums | None]:
         if job.file not in self._open:
             try:
                 fd = os.open(self._directory / job.file, os.O_RDONLY | os.O_CLOEXEC)
@@ -153,7 +168,7 @@ class _Files:
                 self._open[job.file] = (fd, size, self._sums(job, size))
         return self._open[job.file]
 
-    def _sums(self, job: _Job, size: int) -> BlockSums:
+    def _sums(self, job: Job, size: int) -> BlockSums:
         assert self._manifest is not None
         entry = self._manifest.files.get(job.file)
         sidecar = self._manifest.files.get(job.file + SUFFIX)
@@ -161,17 +176,16 @@ class _Files:
             raise self._damaged(job, "the manifest does not know it in this form")
         return read_sums(self._directory, job.file + SUFFIX, sidecar, size)
 
-    def _read_rows(self, job: _Job, fd: int, sums: BlockSums) -> int:
+    def _read_rows(self, job: Job, fd: int, sums: BlockSums) -> int:
         """Ours: only the rows that are wanted, each block checked, straight into the target where its memory allows."""
 
         def fail(block: int) -> IntegrityError:
             return self._damaged(job, f"block {block} ({sums.block_bytes * block} bytes in) does not have its CRC32")
 
         head = archive.head(job.dtype, job.chunk.sizes)
-        found = bytearray(len(head))
-        read = read_checked(fd, sums, job.offset, memoryview(found), fail)
-        if found != head:
-            raise self._damaged(job, "it does not begin as a chunk of this dtype and shape")
+        nbytes = job.chunk.volume * job.dtype.itemsize
+        if job.length != len(head) + nbytes + len(archive.tail(job.dtype, job.chunk.sizes, 0)):
+            raise self._damaged(job, f"{job.length} bytes are no chunk of this dtype and shape")
         row_bytes = prod(job.chunk.sizes[1:]) * job.dtype.itemsize
         first = job.common.offsets[0] - job.chunk.offsets[0] if job.chunk.sizes else 0
         rows = job.common.sizes[0] if job.chunk.sizes else 1
@@ -180,7 +194,7 @@ class _Files:
         whole_rows = job.common.sizes[1:] == job.chunk.sizes[1:]
         direct = whole_rows and target.dtype == job.dtype and target.device.type == "cpu" and target.is_contiguous()
         values = target if direct else torch.empty((rows, *job.chunk.sizes[1:]), dtype=job.dtype)
-        read += read_checked(fd, sums, start, bytes_of(values), fail)
+        read = read_checked(fd, sums, start, bytes_of(values), fail)
         if not direct:
             columns = tuple(
                 slice(o - base, o - base + s)
@@ -189,7 +203,7 @@ class _Files:
             target.copy_(values[(slice(None), *columns)] if job.chunk.sizes else values[0])
         return read
 
-    def _read_archive(self, job: _Job, fd: int) -> int:
+    def _read_archive(self, job: Job, fd: int) -> int:
         """Foreign: the whole chunk, a torch.save archive whose every record's CRC32 is checked."""
         content = bytearray(job.length)
         read_full(fd, [memoryview(content)], job.offset)
@@ -208,7 +222,7 @@ class _Files:
         job.target.copy_(values[job.common.slices_in(job.chunk)] if job.chunk.sizes else values)
         return job.length
 
-    def _damaged(self, job: _Job, reason: str) -> IntegrityError:
+    def _damaged(self, job: Job, reason: str) -> IntegrityError:
         return IntegrityError(
             f"`{self._directory / job.file}` is damaged: {job.name} at {job.chunk.offsets}: {reason}",
             path=self._directory,

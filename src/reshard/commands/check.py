@@ -6,7 +6,7 @@ from reshard.config import Config
 from reshard.model.build import spec_of
 from reshard.parallel.dims import check_batch, check_fit, resolve_layout
 from reshard.text.sources import open_source
-from reshard.text.tokenizers import check_vocabulary, load_tokenizer
+from reshard.text.tokenizers import check_tokenizer
 
 
 def check(config: Config, world_size: int) -> None:
@@ -17,8 +17,4 @@ def check(config: Config, world_size: int) -> None:
     if config.training.global_batch_size > 0:
         check_batch(layout, config, config.training.global_batch_size)
     open_source(config.training)
-    if config.model.tokenizer_path != "bpe":  # a trained one fits by construction
-        tokenizer = load_tokenizer(
-            config.model.tokenizer_path, vocab_size=spec.vocab_size, cache_folder=config.token_folder
-        )
-        check_vocabulary(tokenizer, spec.vocab_size)
+    check_tokenizer(config.model.tokenizer_path, spec.vocab_size)

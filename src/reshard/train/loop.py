@@ -72,7 +72,7 @@ def train(config: Config) -> Outcome:
             f'checkpoint.async_mode "{config.checkpoint.async_mode}" is not yet available, expected "disabled"',
             key="checkpoint.async_mode",
         )
-    data, _ = prepare(config, spec.vocab_size, progress=place.rank == 0)
+    data, _ = prepare(config, spec.vocab_size, progress=True)
     fingerprint = full_fingerprint(data, config)
     compute = compute_dtype(config)
     with join(place, config.comm, need_group=compute != dtype_from_name(config.training.dtype)) as world:

@@ -1,0 +1,106 @@
+"""Does ./run_llama_train.sh do what the specification's command says, and stop before torchrun where it cannot?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reshard.checkpoint.layout import entries
+
+# The guide's command, word for word; what follows --checkpoint.enable_checkpoint is cut nowhere.
+GUIDE = (
+    "./run_llama_train.sh --checkpoint.enable_checkpoint --checkpoint.create_seed_checkpoint "
+    "--training.data_parallel_replicate_degree 1 --training.data_parallel_shard_degree 1 "
+    "--training.tensor_parallel_degree 1 --experimental.pipeline_parallel_degree 1 "
+    "--experimental.context_parallel_degree 1"
+)
+DEBUG = "train_configs/debug_model.toml"
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_guides_seed_and_two_ranks_that_train_from_it(shell: Any, tiny: str, tmp_path: Path, project: Path) -> None:
+    seed = shell(f"NGPU=1 CONFIG={DEBUG} {GUIDE} {tiny} --job.dump_folder {tmp_path}/run")
+    assert seed.code == 0, seed.err
+    step_0 = tmp_path / "run" / "checkpoint" / "step-0"
+    assert seed.out.split() == [str(step_0)]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint"}  # it read no text, it trained nothing
+    [entry] = entries(tmp_path / "run" / "checkpoint")
+    assert entry.manifest is not None
+    assert (entry.step, entry.manifest.kind, entry.manifest.source["kind"]) == (0, "model", "seed")
+
+    # From another directory, with a relative CONFIG, and only rank 1's output shown: it has nothing to say.
+    (tmp_path / "mine.toml").write_text((project / DEBUG).read_text())
+    words = f"{project}/run_llama_train.sh --checkpoint.enable_checkpoint {tiny} --job.dump_folder run"
+    train = shell(f"NGPU=2 CONFIG=mine.toml LOG_RANK=1 {words}", cwd=tmp_path)
+    assert train.code == 0, train.err
+    assert "step" not in train.err
+    start, *_, end = lines(tmp_path / "run" / "events.jsonl")
+    assert (start["event"], start["world_size"], start["layout"]["dp_shard"]) == ("start", 2, 2)
+    assert Path(start["loaded"]).name == "step-0"
+    assert (end["event"], end["step"]) == ("end", 4)
+    assert [record["step"] for record in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+    # Once more: rank 0, shown by default, says that there is nothing to do.
+    again = shell(f"NGPU=2 CONFIG=mine.toml {words}", cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert "[0] run/checkpoint/step-4 has reached training.steps 4: nothing to do" in again.err
+
+
+def test_config_goes_before_config_file(shell: Any) -> None:
+    both = shell("NGPU=1 CONFIG=this.toml CONFIG_FILE=that.toml ./run_llama_train.sh")
+    assert (both.code, both.sentence) == (2, "config file `this.toml` does not exist")
+    old = shell("NGPU=1 CONFIG_FILE=that.toml ./run_llama_train.sh")
+    assert (old.code, old.sentence) == (2, "config file `that.toml` does not exist")
+
+
+def test_the_debug_model_is_the_default(shell: Any, tmp_path: Path, project: Path) -> None:
+    done = shell(f"NGPU=16 {project}/run_llama_train.sh --training.tensor_parallel_degree 16", cwd=tmp_path)
+    assert (done.code, done.sentence) == (2, "8 KV heads do not divide among tensor_parallel_degree 16")
+
+
+def test_more_than_one_process_makes_no_seed(shell: Any, tmp_path: Path) -> None:
+    words = f"--checkpoint.enable_checkpoint --checkpoint.create_seed_checkpoint --job.dump_folder {tmp_path}/run"
+    done = shell(f"NGPU=2 CONFIG={DEBUG} ./run_llama_train.sh {words}")
+    assert (done.code, done.out) == (2, "")
+    assert done.sentence == "a seed checkpoint is made by one process, but 2 are to be started"
+    assert done.hint == "NGPU=1, or `reshard seed`"
+    assert list(tmp_path.iterdir()) == []
+    assert shell(f"NGPU=2 CONFIG={DEBUG} {GUIDE} --job.dump_folder {tmp_path}/run").code == 2
+
+
+@pytest.mark.parametrize(
+    ("ngpu", "words", "sentence"),
+    [
+        ("3", "--training.tensor_parallel_degree 2",
+         "3 ranks do not divide by the fixed degrees (dp_replicate 1 x dp_shard -1 x cp 1 x tp 2 x pp 1): 3 / 2"),
+        ("4", "--training.data_parallel_shard_degree 2",
+         "the degrees multiply to 2, but 4 rank(s) were started (dp_replicate 1 x dp_shard 2 x cp 1 x tp 1 x pp 1)"),
+        ("3", "--training.global_batch_size 8",
+         "a global batch of 8 sequences does not divide into micro-steps of 3 data-parallel rank(s) x batch_size 4"),
+        ("2", "--training.stepz 3", "config key `training.stepz` in the command line is not known"),
+        ("2", "--experimental.pipeline_parallel_degree 2",
+         "parallelism.pipeline_parallel_degree is 2: pipeline parallel is not yet available, expected 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_before_torchrun(
+    shell: Any, tmp_path: Path, ngpu: str, words: str, sentence: str
+) -> None:
+    done = shell(f"NGPU={ngpu} CONFIG={DEBUG} ./run_llama_train.sh --job.dump_folder {tmp_path}/run {words}")
+    assert (done.code, done.out) == (2, "")  # torchrun itself would exit with 1
+    assert done.sentence == sentence
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_of_processes_that_is_none(shell: Any) -> None:
+    for ngpu in ("two", "0", "-1"):
+        done = shell(f"NGPU={ngpu} CONFIG={DEBUG} ./run_llama_train.sh")
+        assert done.code == 2
+        assert "Traceback" not in done.err
+        assert ngpu in done.err.splitlines()[-1]
