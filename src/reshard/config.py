@@ -206,6 +206,8 @@ class Checkpoint(Section):
     """Weights to start from at step 0, where the folder holds no checkpoint."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """Write in the background."""
+    async_write_limit_mb_s: float = Field(0, ge=0)
+    """Megabytes per second and rank at most that a background save writes; 0: as fast as it can."""
     exclude_from_loading: list[Literal["optimizer", "data"]] = []
     """Parts of a full checkpoint to start afresh."""
     allow_dtype_change: bool = False
@@ -465,7 +467,7 @@ def _bad_value(section: str, key: str, value: Any, reason: dict[str, Any] | Any,
     return ConfigError(
         f"config key `{typed or f'{section}.{key}'}`: expected {expected}, got {value!r}",
         key=f"{section}.{key}",
-        hint=f"did you mean `{close}`?" if close else None,
+        hint=f"did you mean `{close}`?" if close else "`reshard config --keys` explains every key",
     )
 
 

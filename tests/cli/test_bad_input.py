@@ -39,15 +39,15 @@ def steps(folder: Path) -> list[str]:
     [
         ("--checkpoint.intervall 3", "config key `checkpoint.intervall` in the command line is not known",
          "did you mean `checkpoint.interval`?"),
-        ("--checkpoint.export_dtype fp16", "config key `checkpoint.export_dtype`: expected 'float16', 'bfloat16', "
-         "'float32' or 'float64', got 'fp16'", "did you mean `float16`?"),
+        ("--checkpoint.export_dtype bf16", "config key `checkpoint.export_dtype`: expected 'float16', 'bfloat16', "
+         "'float32' or 'float64', got 'bf16'", "did you mean `bfloat16`?"),
         ("--model.vocab_size 100", "tokenizer bytes has 258 tokens, but the model's vocabulary 100",
          "--model.vocab_size 258 makes room, or take another --model.tokenizer_path"),
         ("--model.tokenizer_path no/such/tokenizer.model", "tokenizer `no/such/tokenizer.model` does not exist; expected "
          "bytes, bpe, a tokenizer.json or a tokenizer.model",
          "tokenizer.model comes with Meta's weights, tokenizer.json with Hugging Face's"),
-        ("--model.flavor 9B", "model.flavor `9B` is not known for llama3, expected one of debugmodel, 1B, 3B, 8B, 70B, 405B",
-         "did you mean `8B`?"),
+        ("--model.flavor 7B", "model.flavor `7B` is not known for llama3, expected one of debugmodel, 1B, 3B, 8B, 70B, 405B",
+         "did you mean `70B`?"),
         ("--parallelism.tensor_parallel_degree 2", "1 ranks do not divide by the fixed degrees (dp_replicate 1 x "
          "dp_shard -1 x cp 1 x tp 2 x pp 1): 1 / 2", "start 2 ranks, or lower a degree"),
     ],
@@ -85,8 +85,8 @@ def test_the_configs_that_come_with_reshard_lack_only_the_tokenizer(shell: Any, 
 @pytest.mark.parametrize(
     ("name", "bytes_", "sentence"),
     [
-        ("empty.txt", b"", "no text"),
-        ("blank.txt", b" \n\n \t\n", "no text"),
+        ("empty.txt", b"", "is empty: it has no document with any text in it"),
+        ("blank.txt", b" \n\n \t\n", "is empty: it has no document with any text in it"),
         ("latin.txt", "Der Löwe brüllt.\n".encode("latin-1") * 100, "is not UTF-8"),
         ("short.txt", b"too short", "sequence"),
     ],

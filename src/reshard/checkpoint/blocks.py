@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +29,29 @@ _BATCH_BYTES = 8 << 20  # small pieces are gathered up to this size, then writte
 _BATCH_PARTS = 512  # a system call takes at most 1,024 of them
 
 
+class Throttle:
+    """Slows writing down to a rate, so that a background save leaves the disk and the cores to the training."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._rate, self._start, self._bytes = bytes_per_s, time.monotonic(), 0
+
+    def wrote(self, nbytes: int) -> None:
+        """Sleep until so many bytes more are due."""
+        self._bytes += nbytes
+        ahead = self._bytes / self._rate - (time.monotonic() - self._start)
+        if ahead > 0:
+            time.sleep(ahead)
+
+
 class BlockWriter:
     """A new file that is only appended to, with a CRC32 of each block of what went in.
 
     Parts are kept by reference until they are written: whoever appends memory must not change it before `flush`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, throttle: Throttle | None = None) -> None:
         self.path, self.bytes = path, 0
+        self._throttle = throttle
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._parts: list[memoryview] = []
         self._pending = 0
@@ -74,6 +90,8 @@ class BlockWriter:
                 written = os.writev(self._fd, parts)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
+            if self._throttle is not None:
+                self._throttle.wrote(written)
             while parts and written >= len(parts[0]):
                 written -= len(parts.pop(0))
             if parts and written:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reshard.checkpoint.blocks import Throttle
 from reshard.checkpoint.commit import commit, remove_temporary, temporary_directory
 from reshard.checkpoint.layout import METADATA, entries, step_of
-from reshard.checkpoint.manifest import FileEntry, Kind, Manifest, TensorEntry, crc32_hex
+from reshard.checkpoint.manifest import FileEntry, Kind, Manifest, crc32_hex
 from reshard.checkpoint.metadata import write_metadata
+from reshard.checkpoint.plan import Key, Planned, Planner, SavePlan, make_plan, planned
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.state import Piece, State, flatten, pieces_of
-from reshard.checkpoint.writer import Planned, Stored, Written, assign, check_coverage, planned, write_pieces
+from reshard.checkpoint.writer import Stored, Written, write_pieces
 from reshard.errors import NotACheckpoint, StorageError
 from reshard.model.spec import LlamaSpec
 
@@ -40,27 +42,47 @@ class About:
     train_state: dict[str, int] = field(default_factory=dict)
 
 
-def save(directory: Path, state: State, about: About, ranks: Ranks, dtype: torch.dtype | None = None) -> Manifest:
+def save(
+    directory: Path,
+    state: State,
+    about: About,
+    ranks: Ranks,
+    dtype: torch.dtype | None = None,
+    planner: Planner | None = None,
+) -> Manifest:
     """Save a state that all ranks hold together as one committed directory. Collective.
 
-    dtype: floating-point tensors are written in it; None keeps their own.
+    dtype: floating-point tensors are written in it; None keeps their own. planner: of these ranks, for repeated saves.
     Raises on every rank: StorageError where any rank's disk refused. Then the directory does not exist, or is the
     older one, and nothing of this save is left.
     """
+    pieces, plan = plan_save(state, dtype, planner or Planner(ranks))
+    return write_and_commit(directory, pieces, plan, about, ranks)
+
+
+def plan_save(state: State, dtype: torch.dtype | None, planner: Planner) -> tuple[list[Piece], SavePlan]:
+    """The pieces that this rank will write, and the plan for all. Collective."""
     flat = flatten(state)
-    pieces = [p for fqn, (_, t) in flat.items() for p in pieces_of(fqn, t, dtype if t.is_floating_point() else None)]
-    paths = {fqn: path for fqn, (path, _) in flat.items()}
-    offers = ranks.everywhere(lambda: (paths, [planned(p) for p in pieces]))
-    entries_of = check_coverage(offer for _, offer in offers)
-    mine = assign([offer for _, offer in offers])[ranks.rank]
-    all_paths = {fqn: path for some, _ in offers for fqn, path in some.items()}
+    offered = [p for fqn, (_, t) in flat.items() for p in pieces_of(fqn, t, dtype if t.is_floating_point() else None)]
+    plan = planner.plan(offered, {fqn: path for fqn, (path, _) in flat.items()})
+    return [p for p in offered if (p.fqn, p.box) in plan.mine], plan
+
+
+def write_and_commit(
+    directory: Path,
+    pieces: Iterable[Piece],
+    plan: SavePlan,
+    about: About,
+    ranks: Ranks,
+    throttle: Throttle | None = None,
+) -> Manifest:
+    """Write this rank's pieces; when all ranks have written theirs, rank 0 commits. Collective. Raises as `save`."""
     save_id = secrets.token_hex(8)
+    name = f"__{ranks.rank}_0.distcp"
     try:
         temporary = ranks.on_first(lambda: temporary_directory(directory, save_id))
-        written = ranks.everywhere(
-            lambda: write_pieces(temporary, f"__{ranks.rank}_0.distcp", (p for p in pieces if (p.fqn, p.box) in mine))
-        )
-        return ranks.on_first(lambda: _finish(temporary, directory, about, entries_of, all_paths, written, offers))
+        written = ranks.everywhere(lambda: write_pieces(temporary, name, pieces, throttle))
+        return ranks.on_first(lambda: _finish(temporary, directory, about, plan, written))
     except BaseException as error:
         if ranks.is_first:
             remove_temporary(directory)
@@ -96,9 +118,8 @@ def save_weights(
     try:
         temporary = temporary_directory(directory, save_id)
         written = [write_pieces(temporary, "__0_0.distcp", counted())]
-        entries_of = check_coverage([offer])
-        paths: dict[str, tuple[str, ...]] = {fqn: (fqn,) for fqn in entries_of}
-        return _finish(temporary, directory, about, entries_of, paths, written, [(paths, offer)])
+        plan = make_plan([({p.fqn: (p.fqn,) for p in offer}, offer)], 0)
+        return _finish(temporary, directory, about, plan, written)
     except BaseException as error:
         remove_temporary(directory)
         if isinstance(error, OSError):
@@ -119,20 +140,12 @@ def refuse_existing(directory: Path) -> None:
     directory.rmdir()
 
 
-def _finish(
-    temporary: Path,
-    directory: Path,
-    about: About,
-    tensors: dict[str, TensorEntry],
-    paths: dict[str, tuple[str, ...]],
-    written: list[Written],
-    offers: list[tuple[dict[str, tuple[str, ...]], list[Planned]]],
-) -> Manifest:
+def _finish(temporary: Path, directory: Path, about: About, plan: SavePlan, written: Sequence[Written]) -> Manifest:
     """Rank 0's part: check the results against plan and disk, write index and manifest, commit."""
     stored = [item for w in written for item in w.stored]
     files = {name: entry for w in written for name, entry in w.files.items()}
-    _check_results(temporary, stored, files, {(p.fqn, p.box) for _, offer in offers for p in offer})
-    content = write_metadata(temporary, tensors, paths, stored)
+    _check_results(temporary, stored, files, plan.keys)
+    content = write_metadata(temporary, plan.tensors, plan.paths, stored)
     files[METADATA] = FileEntry(len(content), crc32_hex(content))
     manifest = Manifest(
         step=about.step,
@@ -147,7 +160,7 @@ def _finish(
         model=about.model,
         data=about.data,
         train_state=about.train_state,
-        tensors=tensors,
+        tensors=dict(plan.tensors),
         files=files,
         versions={"reshard": _own_version(), "torch": torch.__version__},
     )
@@ -155,7 +168,7 @@ def _finish(
     return manifest
 
 
-def _check_results(directory: Path, stored: list[Stored], files: dict[str, FileEntry], plan: set[Any]) -> None:
+def _check_results(directory: Path, stored: list[Stored], files: dict[str, FileEntry], plan: frozenset[Key]) -> None:
     """Every planned box has exactly one result, and the disk has every byte of it."""
     results = [(item.fqn, item.box) for item in stored]
     assert len(results) == len(set(results)) and set(results) == plan, "the writers' results do not cover the plan"

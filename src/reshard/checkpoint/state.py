@@ -59,6 +59,7 @@ class Piece:
     """One chunk of one tensor, on its way to a file.
 
     read: called once, when its turn to be written has come; gives a CPU tensor of `sizes` and `dtype`.
+    part: the live numbers that `read` would give, where they are in memory already, on any device.
     """
 
     fqn: str
@@ -67,6 +68,7 @@ class Piece:
     sizes: tuple[int, ...]
     dtype: str
     read: Callable[[], Tensor]
+    part: Tensor | None = None
 
     @property
     def box(self) -> Box:
@@ -126,13 +128,15 @@ def pieces_of(fqn: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Ite
     if box.volume == 0:
         return
     for cut in row_cuts(box, stored.itemsize):
+        part = local[cut.slices_in(box)] if tensor.ndim else local
         yield Piece(
             fqn=fqn,
             shape=tuple(tensor.shape),
             offsets=cut.offsets,
             sizes=cut.sizes,
             dtype=dtype_name(stored),
-            read=_reader_of(local[cut.slices_in(box)] if tensor.ndim else local, stored),
+            read=_reader_of(part, stored),
+            part=part,
         )
 
 

@@ -28,11 +28,16 @@ class Place:
 
 @dataclass(frozen=True)
 class World:
-    """A process that has met the others. control: a CPU group for small objects; None where there is one rank."""
+    """A process that has met the others.
+
+    control: a CPU group for small objects. background: another one, for what happens while training goes on. Both None
+    where there is one rank.
+    """
 
     place: Place
     device: torch.device
     control: dist.ProcessGroup | None
+    background: dist.ProcessGroup | None
 
 
 def place_from_environment() -> Place:
@@ -64,12 +69,13 @@ def join(place: Place, comm: Comm, *, need_group: bool) -> Iterator[World]:
     """
     import torch
     import torch.distributed as dist
+
     kind = device_type()
     device = torch.device(kind, place.local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
     if place.world_size == 1 and not need_group:
-        yield World(place, device, None)
+        yield World(place, device, None, None)
         return
     backend = "cuda:nccl,cpu:gloo" if kind == "cuda" else "gloo"
     timeout = timedelta(seconds=comm.init_timeout_seconds)
@@ -78,8 +84,12 @@ def join(place: Place, comm: Comm, *, need_group: bool) -> Iterator[World]:
     else:  # a single rank that nobody launched: no port, nothing to meet
         dist.init_process_group(backend, store=_lone_store(), rank=0, world_size=1, timeout=timeout)
     try:
-        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=comm.train_timeout_seconds))
-        yield World(place, device, control if place.world_size > 1 else None)
+        if place.world_size == 1:
+            yield World(place, device, None, None)
+            return
+        patience = timedelta(seconds=comm.train_timeout_seconds)
+        control, background = (dist.new_group(backend="gloo", timeout=patience) for _ in range(2))
+        yield World(place, device, control, background)
     finally:
         dist.destroy_process_group()
 

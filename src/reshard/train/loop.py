@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,15 +28,15 @@ from reshard.checkpoint.commit import recover
 from reshard.checkpoint.layout import step_directory
 from reshard.checkpoint.load import Start
 from reshard.checkpoint.lock import check_shared, own_folder
-from reshard.checkpoint.manifest import Manifest
 from reshard.checkpoint.quarantine import SetAside
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.retain import retain
-from reshard.checkpoint.save import About, save
+from reshard.checkpoint.save import About
+from reshard.checkpoint.saver import Saved, Saver
 from reshard.checkpoint.state import dtype_from_name, dtype_name
 from reshard.checkpoint.weights import weights_state
 from reshard.config import Config, config_to_toml
-from reshard.errors import ConfigError, TrainingError
+from reshard.errors import TrainingError
 from reshard.model.build import spec_of
 from reshard.model.llama import Llama, cross_entropy_sum
 from reshard.model.spec import LlamaSpec, flops_per_token, parameter_count
@@ -46,6 +47,7 @@ from reshard.text.cache import TokenData, full_fingerprint, prepare
 from reshard.text.order import TrainingText, held_out
 from reshard.train.metrics import Reporter
 from reshard.train.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from reshard.train.signals import asked_to_stop
 from reshard.train.space import check_space
 from reshard.train.start import TrainState, check_data, first_choice, fresh_global_batch, full_state, load_or_fall_back
 
@@ -67,11 +69,6 @@ def train(config: Config) -> Outcome:
     layout = resolve_layout(config, place.world_size)
     spec = spec_of(config)
     check_fit(layout, spec, config)
-    if config.checkpoint.async_mode != "disabled":
-        raise ConfigError(
-            f'checkpoint.async_mode "{config.checkpoint.async_mode}" is not yet available, expected "disabled"',
-            key="checkpoint.async_mode",
-        )
     data, _ = prepare(config, spec.vocab_size, progress=True)
     fingerprint = full_fingerprint(data, config)
     compute = compute_dtype(config)
@@ -185,8 +182,15 @@ def _train(
 
     # -- the steps -----------------------------------------------------------------------------------------------
     directory, loss_value, last_save = None, None, time.monotonic()
+    background = Ranks(world.background) if config.checkpoint.async_mode != "disabled" else None
+    limit = config.checkpoint.async_write_limit_mb_s * 1e6
     report.start_clock()
-    with _profiler(config, place) as profiler, _collector_at_rest():
+    with (
+        _profiler(config, place) as profiler,
+        _collector_at_rest(),
+        asked_to_stop() as asked,
+        Saver(ranks, background, limit) as saver,
+    ):
         while state.step < last_step:
             step = state.step + 1
             optimizer.zero_grad(set_to_none=True)
@@ -212,6 +216,7 @@ def _train(
                 )
             lr = learning_rate(step, config)
             set_learning_rate(optimizer, lr)
+            saver.fence()
             optimizer.step()
             if text.epoch_of(state.next_sequence) != text.epoch_of(state.next_sequence + state.global_batch_size):
                 logger.info("step %d ends epoch %d of the text", step, text.epoch_of(state.next_sequence))
@@ -227,20 +232,26 @@ def _train(
                 value = _validate(model, validation, share, layout)
                 report.event("validation", step=step, loss=value, sequences=len(validation))
                 logger.info("step %d  validation loss %.4f", step, value)
-            if config.checkpoint.enable_checkpoint and _due(step, last_step, last_save, config, ranks):
-                began = time.perf_counter()
-                directory = step_directory(folder, step)
+            stop, overdue, over = ranks.maximum(asked.signal, _overdue(last_save, config, ranks), saver.status())
+            saved = saver.collect() if over else []
+            if config.checkpoint.enable_checkpoint and (step == last_step or stop or overdue or _in_turn(step, config)):
+                directory, last_save = step_directory(folder, step), time.monotonic()
                 if config.checkpoint.model_weights_only and step == t.steps:
                     about = replace(origin, step=step, kind="model")
                     export = dtype_from_name(config.checkpoint.export_dtype)
-                    manifest = save(directory, weights_state(parameters, spec), about, ranks, dtype=export)
+                    saved += saver.start(directory, weights_state(parameters, spec), about, export)
                 else:
                     about = replace(origin, step=step, train_state=asdict(state))
-                    manifest = save(directory, full_state(parameters, optimizer, state), about, ranks)
-                _after_save(manifest, directory, time.perf_counter() - began, report)
-                origin, last_save = replace(origin, parent=manifest.save_id), time.monotonic()
-                for gone in ranks.on_first(clean_up):
-                    logger.info("deleted %s, keeping the latest %d", gone.name, config.checkpoint.keep_latest_k)
+                    saved += saver.start(directory, full_state(parameters, optimizer, state), about)
+            if stop or step == last_step:
+                saved += saver.collect()
+            for done in saved:
+                _after_save(done, clean_up, ranks, report)
+            if stop:
+                where = f"saved {directory}" if config.checkpoint.enable_checkpoint else "checkpoints are not enabled"
+                logger.info("%s: stopping after step %d, %s", signal.Signals(stop).name, step, where)
+                report.event("stop", step=step, signal=signal.Signals(stop).name)
+                break
             if step == 1:
                 set_timeouts(config.comm, share.groups)
             report.start_clock()  # saves and validations are not part of the next step's time
@@ -318,20 +329,27 @@ def compute_dtype(config: Config) -> torch.dtype:
     return own if own != torch.float32 else dtype_from_name(asked)
 
 
-def _due(step: int, last_step: int, last_save: float, config: Config, ranks: Ranks) -> bool:
-    """Is it time to save? The last step always is; the clock is rank 0's."""
-    if step == last_step:
-        return True
-    if config.checkpoint.interval_type == "steps":
-        return step % config.checkpoint.interval == 0
-    return ranks.on_first(lambda: time.monotonic() - last_save >= config.checkpoint.interval)
+def _in_turn(step: int, config: Config) -> bool:
+    """Does the interval, counted in steps, end with this one?"""
+    return config.checkpoint.interval_type == "steps" and step % config.checkpoint.interval == 0
 
 
-def _after_save(manifest: Manifest, directory: Path, seconds: float, report: Reporter) -> None:
-    logger.info("saved %s (%s, %.1f MB, %.2f s)", directory, manifest.kind, manifest.bytes / 1e6, seconds)
+def _overdue(last_save: float, config: Config, ranks: Ranks) -> bool:
+    """Has the interval passed, counted in seconds? By rank 0's clock; the others learn it with the step's other news."""
+    counts = config.checkpoint.interval_type == "seconds" and ranks.is_first
+    return counts and time.monotonic() - last_save >= config.checkpoint.interval
+
+
+def _after_save(saved: Saved, clean_up: Callable[[], list[Path]], ranks: Ranks, report: Reporter) -> None:
+    """Report a checkpoint that is committed, and delete those that it makes superfluous. Collective."""
+    manifest = saved.manifest
+    logger.info("saved %s (%s, %.1f MB, %.2f s)", saved.directory, manifest.kind, manifest.bytes / 1e6, saved.write_s)
     report.event(
-        "save", step=manifest.step, kind=manifest.kind, bytes=manifest.bytes, seconds=seconds, path=str(directory)
-    )
+        "save", step=manifest.step, kind=manifest.kind, bytes=manifest.bytes, path=str(saved.directory),
+        stall_s=saved.stall_s, write_s=saved.write_s,
+    )  # fmt: skip
+    for gone in ranks.on_first(clean_up):
+        logger.info("deleted %s", gone)
 
 
 def _source(start: Start, config: Config) -> dict[str, Any]:

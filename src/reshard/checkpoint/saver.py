@@ -1,0 +1,156 @@
+"""Who saves during a run? At once, or in the background while training goes on: one save in flight, errors never lost.
+
+In the background the training waits for staging only: this rank's pieces are copied into an arena that is used again
+each time. A thread writes and commits from there, with the other ranks' threads, on a process group of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reshard.checkpoint.blocks import Throttle
+from reshard.checkpoint.manifest import Manifest
+from reshard.checkpoint.plan import Planner
+from reshard.checkpoint.ranks import Ranks
+from reshard.checkpoint.save import About, plan_save, write_and_commit
+from reshard.checkpoint.state import Piece, State, dtype_from_name
+
+logger = logging.getLogger(__name__)
+
+RUNNING, FINISHED = 0, 1  # what `status` says; the larger one wins among ranks
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A save that is over. stall_s: how long training waited. write_s: until it was committed."""
+
+    directory: Path
+    manifest: Manifest
+    stall_s: float
+    write_s: float
+
+
+class Saver:
+    """The saves of one run, on one rank. Use it as a context: leaving it waits for what is in flight.
+
+    ranks: for planning, in the training's own thread. background: the ranks over another group, for the writing
+    thread; None saves at once. write_limit: bytes per second of this rank's background writing; 0: no limit.
+    """
+
+    def __init__(self, ranks: Ranks, background: Ranks | None = None, write_limit: float = 0) -> None:
+        self._ranks, self._background, self._write_limit = ranks, background, write_limit
+        self._planner = Planner(ranks)
+        self._arena: Tensor | None = None
+        self._thread: threading.Thread | None = None
+        self._outcome: Saved | BaseException | None = None
+        self._copied: Any = None  # CUDA event: the arena has everything
+        self.last_save_id: str | None = None
+
+    def start(self, directory: Path, state: State, about: About, dtype: torch.dtype | None = None) -> list[Saved]:
+        """Save, or begin to. Collective. Returns the saves that are over by now, this one included if it was at once.
+
+        about.parent is taken from the save before, where there was one. Raises what an earlier save has failed with.
+        """
+        over = self.collect()
+        began = time.perf_counter()
+        about = replace(about, parent=self.last_save_id or about.parent)
+        pieces, plan = plan_save(state, dtype, self._planner)
+        if self._background is None:
+            manifest = write_and_commit(directory, pieces, plan, about, self._ranks)
+            self.last_save_id = manifest.save_id
+            seconds = time.perf_counter() - began
+            return [*over, Saved(directory, manifest, seconds, seconds)]
+        staged = self._stage(pieces)
+        stall = time.perf_counter() - began
+        copied, ranks, throttle = self._copied, self._background, _throttle(self._write_limit)
+
+        def work() -> None:
+            try:
+                if copied is not None:
+                    copied.synchronize()
+                manifest = write_and_commit(directory, staged, plan, about, ranks, throttle)
+                self._outcome = Saved(directory, manifest, stall, time.perf_counter() - began)
+            except BaseException as error:  # the thread's own end: it is raised again by `collect`, on every rank
+                self._outcome = error
+
+        self._thread = threading.Thread(target=work, name="reshard save", daemon=True)
+        self._thread.start()
+        return over
+
+    def status(self) -> int:
+        """FINISHED if a background save is over and waits for `collect`, else RUNNING. Not collective: ranks differ."""
+        return FINISHED if self._thread is not None and not self._thread.is_alive() else RUNNING
+
+    def collect(self) -> list[Saved]:
+        """Wait for the save in flight, if any; returns it or raises its error. Call it on all ranks, at the same step."""
+        if self._thread is None:
+            return []
+        self._thread.join()
+        outcome, self._thread, self._outcome = self._outcome, None, None
+        if isinstance(outcome, BaseException):
+            raise outcome
+        assert outcome is not None
+        self.last_save_id = outcome.manifest.save_id
+        return [outcome]
+
+    def fence(self) -> None:
+        """Call it before weights change: on CUDA their copy may still be under way. (Not yet run on a GPU.)"""
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+            self._copied = None
+
+    def _stage(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """Copy the pieces' numbers into the arena; the same pieces, reading from there."""
+        pieces = list(pieces)
+        starts, total = [], 0
+        for piece in pieces:
+            starts.append(total)
+            total += -(-piece.nbytes // 64) * 64
+        on_cuda = any(p.part is not None and p.part.is_cuda for p in pieces)
+        if self._arena is None or self._arena.numel() < total:
+            self._arena = None  # free the old one first
+            self._arena = torch.empty(total, dtype=torch.uint8, pin_memory=on_cuda)
+        stream = torch.cuda.Stream() if on_cuda else None  # type: ignore[no-untyped-call]
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        staged = []
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for piece, start in zip(pieces, starts, strict=True):
+                room = self._arena[start : start + piece.nbytes].view(dtype_from_name(piece.dtype)).view(piece.sizes)
+                room.copy_(piece.part if piece.part is not None else piece.read(), non_blocking=on_cuda)
+                staged.append(replace(piece, read=partial(_itself, room), part=None))
+        if stream is not None:
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record(stream)
+        return staged
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Wait for what is in flight. While another error is on its way, a failed save is only logged."""
+        try:
+            self.collect()
+        except BaseException as failed:
+            if error is None:
+                raise
+            logger.error("the save in flight failed, too: %s", failed)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _throttle(bytes_per_s: float) -> Throttle | None:
+    return Throttle(bytes_per_s) if bytes_per_s else None
