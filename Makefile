@@ -44,8 +44,8 @@ proof: install
 	$(PYTEST) tests/proof
 
 size:
-	@for room in src/reshard/*/ src/reshard tests scripts; do \
-		printf '%6d  %s\n' "$$(find $$room $$(test $$room = src/reshard && echo -maxdepth 1) -name '*.py' | xargs cat | wc -l)" $$room; done
+	@for room in $(sort $(dir $(wildcard src/reshard/*/__init__.py))) 'src/reshard -maxdepth 1' scripts tests; do \
+		printf '%6d  %s\n' "$$(find $$room -name '*.py' -exec cat {} + | wc -l)" "$$room"; done
 
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,32 @@ def test_a_number_of_processes_that_is_none(shell: Any) -> None:
         assert done.code == 2
         assert "Traceback" not in done.err
         assert ngpu in done.err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_slurm_script_on_one_node(shell: Any, tiny: str, tmp_path: Path, project: Path) -> None:
+    """With two stand-ins of three lines for SLURM's own commands; the rest is as on a cluster, on one node."""
+    for name, body in (("srun", 'shift\nexec "$@"'), ("scontrol", "echo localhost")):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    words = f"{DEBUG} {tiny} --checkpoint.enable_checkpoint --job.dump_folder {tmp_path}/run"
+    given = {
+        "SLURM_NNODES": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_GPUS_ON_NODE": "h100:2",
+    }
+    given |= {"SLURM_SUBMIT_DIR": str(project), "MASTER_PORT": port}
+    script = f"cp scripts/slurm_train.sh {tmp_path}/slurm_script && PATH={tmp_path}:$PATH {tmp_path}/slurm_script"
+    done = shell(f"{script} {words}", cwd=project, **given)
+    assert done.code == 0, done.err
+    start = lines(tmp_path / "run" / "events.jsonl")[0]
+    assert (start["world_size"], start["layout"]["dp_shard"]) == (2, 2)
+    assert (tmp_path / "run" / "checkpoint" / "step-4" / "manifest.json").exists()
+
+    refused = shell(f"{script} {words} --training.tensor_parallel_degree 3", cwd=project, **given)
+    assert refused.code == 2
+    assert "2 ranks do not divide by the fixed degrees" in refused.sentence

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,11 @@ import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
-from reshard.checkpoint.manifest import FileEntry, crc32_hex
+from reshard.checkpoint.manifest import FileEntry, crc32_hex, read_file
 from reshard.errors import IntegrityError
 
 BLOCK_BYTES = 1 << 16
+LEAST_BLOCK_BYTES = 1 << 12  # that a reader accepts
 SUFFIX = ".crc"
 _HEADER = struct.Struct("<8sIIQ")
 _MAGIC = b"RSHCRC1\n"
@@ -86,10 +88,8 @@ class BlockWriter:
         """Hand all parts to the system. A short write is continued; an error is an OSError naming the file."""
         parts, self._parts, self._pending = self._parts, [], 0
         while parts:
-            try:
+            with naming(self.path):
                 written = os.writev(self._fd, parts)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self.path)) from None
             if self._throttle is not None:
                 self._throttle.wrote(written)
             while parts and written >= len(parts[0]):
@@ -101,7 +101,8 @@ class BlockWriter:
         """Flush to the disk itself, write the sidecar likewise; both files' entries for the manifest."""
         try:
             self.flush()
-            os.fsync(self._fd)
+            with naming(self.path):
+                os.fsync(self._fd)
         finally:
             os.close(self._fd)
         crcs = [*self._crcs, self._open_crc] if self._open_bytes else self._crcs
@@ -124,10 +125,19 @@ class BlockWriter:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a small new file, flushed to the disk itself. Raises OSError."""
-    with open(path, "xb") as file:
+    with naming(path), open(path, "xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """System calls on a descriptor do not know the file's name: errors in this block get it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @dataclass(frozen=True)
@@ -147,15 +157,26 @@ def read_sums(directory: Path, name: str, entry: FileEntry, data_bytes: int) -> 
             f"`{directory / name}` is damaged: {reason}", path=directory, files=[name], rank_local=True
         )
 
+    if entry.bytes > _HEADER.size + 4 * (data_bytes // LEAST_BLOCK_BYTES + 1):
+        raise damaged(f"{entry.bytes:,} bytes are too many for a data file of {data_bytes:,}")
     try:
-        content = (directory / name).read_bytes()
+        content = read_file(directory / name, entry.bytes)
     except FileNotFoundError:
         raise damaged("the file is missing") from None
+    except IsADirectoryError:
+        raise damaged("it is not a file") from None
     if len(content) != entry.bytes or crc32_hex(content) != entry.crc32:
         raise damaged(f"CRC32 {crc32_hex(content)} of {len(content)} bytes, expected {entry.crc32} of {entry.bytes}")
+    if len(content) < _HEADER.size or len(content) % 4:
+        raise damaged("it does not describe its data file")
     magic, block_bytes, _, nbytes = _HEADER.unpack_from(content)
     crcs = np.frombuffer(content, dtype="<u4", offset=_HEADER.size)
-    if magic != _MAGIC or nbytes != data_bytes or not block_bytes or len(crcs) != -(-nbytes // block_bytes):
+    if (
+        magic != _MAGIC
+        or nbytes != data_bytes
+        or block_bytes < LEAST_BLOCK_BYTES
+        or len(crcs) != -(-nbytes // block_bytes)
+    ):
         raise damaged("it does not describe its data file")
     return BlockSums(nbytes, block_bytes, crcs)
 

@@ -13,10 +13,10 @@ import os
 import shutil
 from pathlib import Path
 
-from reshard.checkpoint.blocks import write_durably
+from reshard.checkpoint.blocks import naming, write_durably
 from reshard.checkpoint.layout import all_leftovers, leftovers
 from reshard.checkpoint.manifest import MANIFEST, Manifest, manifest_bytes, read_manifest
-from reshard.errors import CheckpointError, NotACheckpoint
+from reshard.errors import CheckpointError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +26,18 @@ _RENAME_EXCHANGE = 2
 
 def temporary_directory(directory: Path, save_id: str) -> Path:
     """Make the place that a save of `directory` writes into. Raises OSError."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(directory.parent)
     temporary = directory.with_name(f"{directory.name}.tmp-{save_id}")
     temporary.mkdir()
     return temporary
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder whose own name, and its parents', outlive a power failure. Raises OSError."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        fsync_directory(path.parent)
 
 
 def commit(temporary: Path, directory: Path, manifest: Manifest) -> None:
@@ -49,19 +57,32 @@ def commit(temporary: Path, directory: Path, manifest: Manifest) -> None:
         fsync_directory(directory.parent)
     elif _exchange(temporary, directory):
         fsync_directory(directory.parent)
-        shutil.rmtree(temporary)  # now the older one
+        _remove(temporary)  # now the older one
     else:
         old = directory.with_name(f"{directory.name}.old-{manifest.save_id}")
         os.rename(directory, old)
         os.rename(temporary, directory)
         fsync_directory(directory.parent)
-        shutil.rmtree(old)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Delete what nobody needs any more. A link to somewhere else is all that goes of it; what cannot go is said."""
+    try:
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("could not delete %s: %s", path, error)
 
 
 def _set_aside_if_not_ours(directory: Path) -> None:
     """Something torn or foreign has our name: move it aside, it is not ours to delete."""
     try:
         read_manifest(directory)
+    except StorageError:
+        raise  # it may be a good one: a disk that fails says nothing about it
     except CheckpointError as error:
         aside = free_name(directory, "damaged")
         os.rename(directory, aside)
@@ -81,7 +102,8 @@ def fsync_directory(directory: Path) -> None:
     """Make the names in a directory durable."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        with naming(directory):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -105,14 +127,27 @@ def recover(folder: Path) -> list[str]:
 
     A temporary directory was never a checkpoint and goes, unless it is the new half of an interrupted exchange. Of an
     exchange in two renames the old half is kept or put back until the new one is whole.
+    Raises StorageError, and then has deleted nothing that may be needed.
     """
+    found = all_leftovers(folder)
+    if not found:
+        return []
     done = []
-    for path in all_leftovers(folder):
-        if ".old-" in path.name:
-            done.append(_finish_exchange(path))
-    for path in all_leftovers(folder):
-        shutil.rmtree(path)
-        done.append(f"removed {path.name}, a save that did not finish")
+    try:
+        # A rename that the dead run did not live to make durable may still be undone by a power failure; deleting the
+        # files that it moved would not be.
+        fsync_directory(folder)
+        for path in found:
+            if ".old-" in path.name:
+                done.append(_finish_exchange(path))
+        for path in all_leftovers(folder):
+            _remove(path)
+            done.append(f"removed {path.name}, a save that did not finish")
+    except OSError as error:
+        raise StorageError(
+            f"checkpoint folder `{folder}` cannot be put in order: {error.strerror or error} ({error.filename})",
+            path=folder,
+        ) from None
     return done
 
 
@@ -120,26 +155,34 @@ def _finish_exchange(old: Path) -> str:
     name, _, save_id = old.name.rpartition(".old-")
     directory = old.with_name(name)
     temporary = directory.with_name(f"{name}.tmp-{save_id}")
-    if directory.exists():
-        shutil.rmtree(old)
+    if _is_whole(directory):
+        _remove(old)
         return f"removed {old.name}, replaced by a newer save of the same step"
-    try:
-        read_manifest(temporary)
+    if not directory.exists() and _is_whole(temporary):
         os.rename(temporary, directory)
         fsync_directory(directory.parent)
-        shutil.rmtree(old)
+        _remove(old)
         return f"finished the save of {name}, which was interrupted while it replaced an older one"
-    except NotACheckpoint:
-        pass
-    except CheckpointError as error:
-        logger.warning("%s", error.message)
+    if directory.exists():
+        os.rename(directory, free_name(directory, "damaged"))
     os.rename(old, directory)
     fsync_directory(directory.parent)
     return f"put {name} back, its replacement did not finish"
+
+
+def _is_whole(directory: Path) -> bool:
+    """Does its manifest agree with its files? Raises StorageError where the disk does not say."""
+    try:
+        read_manifest(directory)
+    except StorageError:
+        raise
+    except CheckpointError:
+        return False
+    return True
 
 
 def remove_temporary(directory: Path) -> None:
     """Remove what a failed save of `directory` has left; never what is committed."""
     for path in leftovers(directory):
         if ".tmp-" in path.name:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)

@@ -19,6 +19,7 @@ from reshard.errors import CheckpointError, StorageError
 METADATA = ".metadata"
 _STEP = re.compile(r"^step-(\d+)$")
 _TEMPORARY = re.compile(r"^(?P<target>.+)\.tmp-[0-9a-f]{16}$")
+_DAMAGED = re.compile(r"^step-\d+\.damaged(-\d+)?$")
 _OLD = re.compile(r"^(?P<target>.+)\.old-[0-9a-f]{16}$")
 
 
@@ -91,6 +92,11 @@ def all_leftovers(folder: Path) -> list[Path]:
         return []
     matches = [(path, _TEMPORARY.match(path.name) or _OLD.match(path.name)) for path in sorted(folder.iterdir())]
     return [path for path, match in matches if match and _STEP.match(match["target"]) and path.is_dir()]
+
+
+def set_aside_before(folder: Path) -> list[Path]:
+    """Steps that were set aside as damaged, by this run or an earlier one."""
+    return sorted(path for path in folder.glob("step-*") if _DAMAGED.match(path.name))
 
 
 def is_foreign(directory: Path) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from reshard.checkpoint.exchange import read_exchanging
-from reshard.checkpoint.layout import Entry, entries, is_foreign, step_directory
+from reshard.checkpoint.layout import Entry, entries, is_foreign, set_aside_before, step_directory
 from reshard.checkpoint.manifest import Manifest, read_manifest
 from reshard.checkpoint.metadata import read_metadata
 from reshard.checkpoint.ranks import Ranks
@@ -58,6 +58,13 @@ def choose(folder: Path, *, load_step: int, steps: int, initial_load_path: str |
         seed = step_directory(folder, 0)
         if is_foreign(seed):
             return Start(seed, None, notes=(f"{seed} is a DCP checkpoint of another program: taking its weights",))
+        aside = set_aside_before(folder)
+        if aside:
+            raise NotACheckpoint(
+                f"no whole checkpoint is left in `{folder}`: {listed(p.name for p in aside)} set aside as damaged",
+                path=folder,
+                hint="start afresh in another --checkpoint.folder, or restore a checkpoint from a copy",
+            )
         if found and initial_load_path is None:
             raise TornCheckpoint(
                 f"checkpoint folder `{folder}` holds {listed(e.path.name for e in found)}, but no whole checkpoint",

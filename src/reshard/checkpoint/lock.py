@@ -13,6 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from reshard.checkpoint.commit import make_folder
 from reshard.checkpoint.ranks import Ranks
 from reshard.errors import FolderInUse, StorageError
 
@@ -29,7 +30,7 @@ def own_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
 
     def take() -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             lock.acquire(timeout=0)
             owner = {
                 "host": socket.gethostname(),

@@ -8,16 +8,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import stat
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from isal import isal_zlib
 
 from reshard.errors import IntegrityError, NotACheckpoint, StorageError, TornCheckpoint, listed
+from reshard.torch_zip import ITEM_BYTES
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+MOST_BYTES = 256 << 20  # 1,000 ranks of the largest model need a thousandth of it
 Kind = Literal["full", "model"]
 
 
@@ -64,7 +69,7 @@ class Manifest:
         return sum(entry.bytes for entry in self.files.values())
 
 
-def crc32(data: bytes, crc: int = 0) -> int:
+def crc32(data: bytes | memoryview, crc: int = 0) -> int:
     """The digest we use everywhere: zlib's CRC32, going on from `crc`."""
     return int(isal_zlib.crc32(data, crc))
 
@@ -86,6 +91,18 @@ def _digest(body: dict[str, Any]) -> str:
     return crc32_hex(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
 
 
+def read_file(path: Path, most_bytes: int) -> bytes:
+    """The bytes of a file, no more than most_bytes + 1 of them. Raises OSError; IsADirectoryError for all that is no file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would make us wait
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise IsADirectoryError(errno.EISDIR, "not a file", str(path))
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(most_bytes + 1)
+    finally:
+        os.close(fd)
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Read and check a directory's manifest against itself and against the files' names and sizes.
 
@@ -94,9 +111,11 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        content = path.read_bytes()
+        content = read_file(path, MOST_BYTES)
     except FileNotFoundError:
         raise _without_manifest(directory) from None
+    except IsADirectoryError:
+        raise IntegrityError(f"`{path}` is not a file", path=directory, files=[MANIFEST]) from None
     except NotADirectoryError:
         raise NotACheckpoint(f"`{directory}` is a file, expected a checkpoint directory", path=directory) from None
     except OSError as error:
@@ -105,7 +124,7 @@ def read_manifest(directory: Path) -> Manifest:
     damaged: dict[str, str] = {}
     for name, entry in manifest.files.items():
         try:
-            size = os.stat(directory / name).st_size
+            status = os.stat(directory / name)
         except FileNotFoundError:
             damaged[name] = f"{name} is missing"
             continue
@@ -114,8 +133,10 @@ def read_manifest(directory: Path) -> Manifest:
                 damaged[name] = f"{name} is not a file"
                 continue
             raise StorageError(f"`{directory / name}` cannot be read: {error}", path=directory) from None
-        if size != entry.bytes:
-            damaged[name] = f"{name} has {size} bytes, expected {entry.bytes}"
+        if not stat.S_ISREG(status.st_mode):
+            damaged[name] = f"{name} is not a file"
+        elif status.st_size != entry.bytes:
+            damaged[name] = f"{name} has {status.st_size} bytes, expected {entry.bytes}"
     if damaged:
         raise IntegrityError(
             f"checkpoint `{directory}` is damaged: {listed(damaged.values())}", path=directory, files=damaged
@@ -145,11 +166,16 @@ def _parse(content: bytes, directory: Path) -> Manifest:
     def damaged(reason: str) -> IntegrityError:
         return IntegrityError(f"`{directory / MANIFEST}` is damaged: {reason}", path=directory, files=[MANIFEST])
 
+    if len(content) > MOST_BYTES:
+        raise damaged(f"it has more than {MOST_BYTES:,} bytes")
     try:
         body = json.loads(content)
         digest = body.pop("digest")
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+        own = _digest(body)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise damaged(f"not the JSON that was written ({error})") from None
+    if own != digest:
+        raise damaged(f"its digest is {own}, expected {digest}")
     version = body.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise NotACheckpoint(
@@ -157,15 +183,64 @@ def _parse(content: bytes, directory: Path) -> Manifest:
             path=directory,
             hint="a newer reshard wrote it: pip install --upgrade reshard",
         )
-    if _digest(body) != digest:
-        raise damaged(f"its digest is {_digest(body)}, expected {digest}")
-    try:
-        body["tensors"] = {n: TensorEntry(tuple(t["shape"]), t["dtype"]) for n, t in body["tensors"].items()}
-        body["files"] = {n: FileEntry(**f) for n, f in body["files"].items()}
-        manifest = Manifest(**body)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise damaged(f"a field is missing or unknown ({error})") from None
-    for name in manifest.files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise damaged(f"file `{name}` lies outside of the directory")
-    return manifest
+    # From here on the digest is right, so only an author can have written what does not fit.
+    wrong = [name for name, fits in _FIELDS.items() if name not in body or not fits(body[name])]
+    if wrong or len(body) != len(_FIELDS):
+        unknown = sorted(str(name) for name in body if name not in _FIELDS)
+        raise damaged(f"not what a manifest says in {listed(wrong)}" if wrong else f"unknown {listed(unknown)}")
+    outside = [name for name in body["files"] if not _FILE.match(name) or set(name) == {"."}]
+    if outside:
+        raise damaged(f"file `{outside[0][:80]}` lies outside of the directory")
+    body["tensors"] = {n: TensorEntry(tuple(t["shape"]), t["dtype"]) for n, t in body["tensors"].items()}
+    body["files"] = {n: FileEntry(**f) for n, f in body["files"].items()}
+    return Manifest(**body)
+
+
+_FILE = re.compile(r"[\w.+-]{1,255}\Z", re.ASCII)
+_SAVE_ID = re.compile(r"[\w-]{1,64}\Z", re.ASCII)  # becomes a part of directory names
+_CRC = re.compile(r"[0-9a-f]{8}\Z")
+
+
+def _natural(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is(*kinds: type | None) -> Callable[[Any], bool]:
+    return lambda value: type(value) in kinds or (value is None and None in kinds)
+
+
+def _numbers(value: Any) -> bool:
+    return type(value) is dict and all(map(_natural, value.values()))
+
+
+def _tensor(value: Any) -> bool:
+    if type(value) is not dict or value.keys() != {"shape", "dtype"} or type(value["shape"]) is not list:
+        return False
+    return type(value["dtype"]) is str and value["dtype"] in ITEM_BYTES and all(map(_natural, value["shape"]))
+
+
+def _file(value: Any) -> bool:
+    if type(value) is not dict or value.keys() != {"bytes", "crc32"} or type(value["crc32"]) is not str:
+        return False
+    return _natural(value["bytes"]) and _CRC.match(value["crc32"]) is not None
+
+
+# What a reader relies on, field by field. JSON has no other types than these.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "format_version": lambda v: _natural(v) and v > 0,
+    "step": _natural,
+    "kind": lambda v: v in ("full", "model"),
+    "sequence": _natural,
+    "save_id": lambda v: type(v) is str and _SAVE_ID.match(v) is not None,
+    "parent": _is(str, None),
+    "created_at": _is(str),
+    "source": _is(dict),
+    "layout": _numbers,
+    "config": _is(dict, None),
+    "model": _is(dict, None),
+    "data": _is(dict, None),
+    "train_state": _numbers,
+    "tensors": lambda v: type(v) is dict and all(map(_tensor, v.values())),
+    "files": lambda v: type(v) is dict and all(map(_file, v.values())),
+    "versions": _is(dict),
+}

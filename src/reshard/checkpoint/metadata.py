@@ -17,11 +17,12 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo  # private: the
 from torch.serialization import _get_layout  # private: how a pickle names a layout; torch 2.13.0
 
 from reshard.checkpoint.blocks import write_durably
+from reshard.checkpoint.index import MOST_BYTES, checked, index_bytes
 from reshard.checkpoint.layout import METADATA
-from reshard.checkpoint.manifest import Manifest, TensorEntry, crc32_hex
+from reshard.checkpoint.manifest import Manifest, TensorEntry
 from reshard.checkpoint.state import dtype_from_name
 from reshard.checkpoint.writer import Stored
-from reshard.errors import IntegrityError, NotACheckpoint, StorageError
+from reshard.errors import IntegrityError
 from reshard.safe_pickle import loads
 
 
@@ -53,34 +54,24 @@ def read_metadata(directory: Path, manifest: Manifest | None) -> dcp.Metadata:
 
     manifest: what its bytes must be; None for a foreign directory.
 
-    Raises: NotACheckpoint, IntegrityError (not such a pickle, or it points outside), StorageError; FormatError
+    Raises: NotACheckpoint, IntegrityError (it is not what was written, or cannot be true), StorageError; FormatError
     from the unpickler where the file names anything that an index has no use for.
     """
-    path = directory / METADATA
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise NotACheckpoint(f"`{directory}` has no {METADATA}, expected a DCP checkpoint", path=directory) from None
-    except OSError as error:
-        raise StorageError(f"`{path}` cannot be read: {error}", path=directory) from None
-    if manifest is not None:
-        entry = manifest.files.get(METADATA)
-        if entry is None or len(content) != entry.bytes or crc32_hex(content) != entry.crc32:
-            raise IntegrityError(
-                f"`{path}` is damaged: its CRC32 is {crc32_hex(content)}, the manifest says {entry and entry.crc32}",
-                path=directory,
-                files=[METADATA],
-            )
-    found = loads(content, allowed=_allowed())
-    if not isinstance(found, dcp.Metadata) or not isinstance(found.storage_data, dict):
-        raise IntegrityError(f"`{path}` is not a DCP index", path=directory, files=[METADATA])
-    for index, info in found.storage_data.items():
-        name = PurePosixPath(info.relative_path)
-        if name.is_absolute() or ".." in name.parts:
-            raise IntegrityError(
-                f"`{path}` puts {index.fqn} into `{name}`, outside of the directory", path=directory, files=[METADATA]
-            )
+    content = index_bytes(directory, manifest)
+    found = loads(content, allowed=_allowed(), path=directory / METADATA, most_bytes=MOST_BYTES)
+    checked(found, directory)
+    if not isinstance(found, dcp.Metadata) or not all(map(_is_real, found.state_dict_metadata.values())):
+        raise IntegrityError(
+            f"`{directory / METADATA}` is not a DCP index: it is made of other things", path=directory, files=[METADATA]
+        )
     return found
+
+
+def _is_real(entry: Any) -> bool:
+    """A class can be given any attributes by a pickle: only a real tensor's entry may look like one."""
+    if isinstance(entry, dcp.TensorStorageMetadata):
+        return isinstance(entry.properties.dtype, torch.dtype)
+    return not hasattr(entry, "chunks")
 
 
 def write_metadata(

@@ -48,8 +48,13 @@ def set_aside(directory: Path) -> SetAside:
         )
     reason = "; ".join(f"{f.file} {f.problem}".strip() for f in verdict.findings[:3])
     now = free_name(directory, "damaged")
-    os.rename(directory, now)
-    fsync_directory(directory.parent)
+    try:
+        os.rename(directory, now)
+        fsync_directory(directory.parent)
+    except OSError as error:
+        raise StorageError(
+            f"`{directory}` is damaged ({reason}) and cannot be set aside: {error.strerror or error}", path=directory
+        ) from None
     logger.warning("set %s aside as %s: %s", directory, now.name, reason)
     return SetAside(directory, now, reason)
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from reshard.checkpoint.commit import fsync_directory
 from reshard.checkpoint.layout import entries
 from reshard.checkpoint.lineage import by_worth
 
@@ -18,7 +19,7 @@ def retain(folder: Path, keep_latest_k: int, *, keep_every_n: int = 0, protected
 
     Latest means saved last, not numbered highest: after a rollback the abandoned branch goes first. Never deleted:
     step-0, steps that keep_every_n divides, `protected` (the checkpoint that this run was loaded from), the newest full
-    one, and whatever is torn, damaged or not ours. A checkpoint loses its name before its bytes, so a death midway
+    one, links, and whatever is torn, damaged or not ours. A checkpoint loses its name before its bytes, so a death midway
     leaves nothing half-deleted under a valid name.
     """
     if keep_latest_k <= 0:
@@ -29,12 +30,13 @@ def retain(folder: Path, keep_latest_k: int, *, keep_every_n: int = 0, protected
     keep = {e.path for e in (*committed[-keep_latest_k:], *full[-1:], *permanent)}
     deleted = []
     for entry in committed:
-        if entry.path in keep or entry.path == protected:
+        if entry.path in keep or entry.path == protected or entry.path.is_symlink():
             continue
         assert entry.manifest is not None
         doomed = entry.path.with_name(f"{entry.path.name}.tmp-{entry.manifest.save_id}")
         try:
             os.rename(entry.path, doomed)
+            fsync_directory(folder)  # or a power failure might bring the name back, without its files
             shutil.rmtree(doomed)
         except OSError as error:
             logger.warning("could not delete %s: %s", entry.path, error)  # the run matters more than a tidy disk

@@ -21,19 +21,12 @@ from numpy.typing import NDArray
 
 from reshard.errors import FormatError
 from reshard.model.spec import LlamaSpec
+from reshard.torch_zip import ITEM_BYTES as ITEM_BYTES  # noqa: PLC0414  the formats take it from here
 
 if TYPE_CHECKING:
     import torch
 
 READ_BYTES = 16 * 2**20  # at a time, where bytes are only compared or summed
-
-# torch dtype name -> bytes of one element
-ITEM_BYTES: dict[str, int] = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "complex64": 8, "complex128": 16,
-    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
-    "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
-    "uint16": 2, "uint32": 4, "uint64": 8,
-}  # fmt: skip
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "float64")  # what a weight of ours may be
 

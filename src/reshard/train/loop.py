@@ -69,6 +69,8 @@ def train(config: Config) -> Outcome:
     layout = resolve_layout(config, place.world_size)
     spec = spec_of(config)
     check_fit(layout, spec, config)
+    if place.rank == 0 and config.checkpoint.export_dtype != "float32" and not config.checkpoint.model_weights_only:
+        logger.warning("checkpoint.export_dtype has no effect without checkpoint.model_weights_only")
     data, _ = prepare(config, spec.vocab_size, progress=True)
     fingerprint = full_fingerprint(data, config)
     compute = compute_dtype(config)

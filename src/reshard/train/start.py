@@ -22,7 +22,7 @@ from reshard.checkpoint.save import tensor_state
 from reshard.checkpoint.state import State, local_part
 from reshard.checkpoint.weights import load_weights
 from reshard.config import Config
-from reshard.errors import ConfigError, IntegrityError, LayoutError, NotACheckpoint, TensorMismatch
+from reshard.errors import ConfigError, FormatError, IntegrityError, LayoutError, NotACheckpoint, TensorMismatch
 from reshard.model.init import initial_rows
 from reshard.model.spec import LlamaSpec
 from reshard.text.cache import fingerprint_difference
@@ -116,9 +116,13 @@ def load_or_fall_back(
             return start, fresh, aside
         except IntegrityError as error:
             damaged = start.directory
-            if config.checkpoint.load_step >= 0 or damaged is None or damaged.parent != config.checkpoint_folder:
+            # A foreign step-0 is not ours to rename, and there is nothing behind it.
+            ours = start.manifest is not None and damaged is not None and damaged.parent == config.checkpoint_folder
+            if config.checkpoint.load_step >= 0 or damaged is None or not ours:
                 error.hint = error.hint or f"`reshard verify {damaged}` says what is damaged; name another step"
                 raise
+        for moment in optimizer_moments(optimizer, parameters).values():
+            moment.zero_()  # some may have been read before the damage was met, and weights alone would leave them
         start, aside = ranks.on_first(partial(_next_choice, config, damaged, aside))
         check_data(start, fingerprint, config)
         if ranks.is_first:
@@ -162,7 +166,6 @@ def resume(
 ) -> TrainState:
     """Load a full checkpoint onto whatever layout this is. Raises before anything is touched where it does not fit."""
     assert start.directory is not None and start.manifest is not None
-    saved = TrainState(**start.manifest.train_state)
     excluded = config.checkpoint.exclude_from_loading
     moments = {} if "optimizer" in excluded else optimizer_moments(optimizer, parameters)
     _check_dtype(start, parameters, config)
@@ -179,7 +182,12 @@ def resume(
         )  # fmt: skip
     load(start.directory, wanted, ranks, cast=config.checkpoint.allow_dtype_change)
     train_state = TrainState(**{name: int(t) for name, t in numbers.items()})
-    assert train_state == saved, f"manifest and tensors disagree: {saved}, {train_state}"
+    if asdict(train_state) != start.manifest.train_state:
+        raise FormatError(
+            f"the manifest of `{start.directory}` says {start.manifest.train_state}, its tensors {asdict(train_state)}",
+            path=start.directory,
+            hint="its author has changed one of the two: resume from another step",
+        )
     if "data" in excluded:
         logger.info("data: starting the text afresh, as exclude_from_loading says")
         train_state = replace(train_state, next_sequence=0, rng_seed=config.training.rng_seed)

@@ -102,3 +102,26 @@ def test_flipped_bytes_never_escape_as_another_error():
 def test_too_long_a_pickle_is_not_begun():
     with pytest.raises(FormatError, match="more than 10 bytes"):
         loads(b"\x80\x02" + b"N" * 20, {}, most_bytes=10)
+
+
+def test_only_what_is_allowed_is_called():
+    """Not even what an allowed function or the caller's own persistent_load has handed out."""
+    called = []
+
+    def innocent():
+        return lambda: called.append("result")
+
+    for data in (b"\x80\x02cx\ny\n)R)R.", b"\x80\x02NQ)R."):
+        with pytest.raises(FormatError, match="not a function"):
+            loads(data, {("x", "y"): innocent}, lambda pid: lambda: called.append("persistent"))
+    assert called == []
+
+
+def test_no_state_is_set_on_what_is_not_an_instance():
+    def function():
+        pass
+
+    for target in (function, Point):
+        with pytest.raises(FormatError, match="not an instance"):
+            loads(b"\x80\x02cx\ny\n}X\x01\x00\x00\x00aK\x01sb.", {("x", "y"): target})
+        assert not hasattr(target, "a")
