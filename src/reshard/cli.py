@@ -191,7 +191,9 @@ def verify(paths: Sequence[Path], level: Literal["files", "bytes"], as_json: boo
         click.echo(f"{answer:8} {verdict.path}  {verdict.problem or verdict.what + size}")
         for finding in verdict.findings:
             writer = f" (written by rank {finding.rank})" if finding.rank is not None else ""
-            click.echo(f"         {finding.file}{writer}: {finding.problem}" if finding.file else f"         {finding.problem}")
+            click.echo(
+                f"         {finding.file}{writer}: {finding.problem}" if finding.file else f"         {finding.problem}"
+            )
             if finding.tensors:
                 click.echo(f"         tensors: {listed(finding.tensors)}")
         for note in verdict.notes:

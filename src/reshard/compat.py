@@ -20,6 +20,9 @@ ALIASES: dict[str, str] = {
     "training.fsdp_reshard_after_forward": "parallelism.fsdp_reshard_after_forward",
     "experimental.enable_async_tensor_parallel": "parallelism.enable_async_tensor_parallel",
     "experimental.pipeline_parallel_degree": "parallelism.pipeline_parallel_degree",
+    "experimental.pipeline_parallel_schedule": "parallelism.pipeline_parallel_schedule",
+    "experimental.pipeline_parallel_split_points": "parallelism.pipeline_parallel_split_points",
+    "experimental.pipeline_parallel_microbatches": "parallelism.pipeline_parallel_microbatches",
     "experimental.context_parallel_degree": "parallelism.context_parallel_degree",
     "training.local_batch_size": "training.batch_size",
     "training.seed": "training.rng_seed",
@@ -60,22 +63,19 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "training.gc_debug": (_ANY, ""),
     "parallelism.enable_compiled_autograd": ((False,), "compiled autograd is not supported"),
     "experimental.enable_compiled_autograd": ((False,), "compiled autograd is not supported"),
-    "experimental.pipeline_parallel_schedule": (_ANY, ""),
-    "experimental.pipeline_parallel_split_points": (_ANY, ""),
-    "experimental.pipeline_parallel_microbatches": (_ANY, ""),
     "experimental.context_parallel_rotate_method": (_ANY, ""),
     "experimental.custom_import": (("",), "a config runs no code of its own"),
     "experimental.custom_model_path": (("",), "a config runs no code of its own"),
     "experimental.custom_args_module": (("",), "a config runs no code of its own"),
-    "parallelism.pipeline_parallel_schedule": (_ANY, ""),
     "parallelism.pipeline_parallel_schedule_csv": (_ANY, ""),
-    "parallelism.pipeline_parallel_split_points": (_ANY, ""),
     "parallelism.pipeline_parallel_layers_per_stage": (_ANY, ""),
-    "parallelism.pipeline_parallel_microbatches": (_ANY, ""),
     "parallelism.pipeline_parallel_microbatch_size": (_ANY, ""),
     "parallelism.context_parallel_rotate_method": (_ANY, ""),
     "checkpoint.enable_first_step_checkpoint": ((False,), "use --checkpoint.interval 1 --training.stop_after 1"),
-    "checkpoint.initial_load_model_only": ((True,), "initial_load_path brings weights only; to resume, use the folder itself"),
+    "checkpoint.initial_load_model_only": (
+        (True,),
+        "initial_load_path brings weights only; to resume, use the folder itself",
+    ),
     "checkpoint.initial_load_model_weights_only": (
         (True,),
         "initial_load_path brings weights only; to resume, use the folder itself",
@@ -118,4 +118,7 @@ def rows() -> list[tuple[str, str, str]]:
     for name, (harmless, reason) in _WITHOUT_EFFECT.items():
         accepted = "any value" if harmless is _ANY else " or ".join(repr(h) for h in harmless)
         table.append((name, f"accepted without effect: {accepted}", reason))
-    return [*table, *((f"{section}.*", "accepted without effect: any value", "") for section in _WITHOUT_EFFECT_SECTIONS)]
+    return [
+        *table,
+        *((f"{section}.*", "accepted without effect: any value", "") for section in _WITHOUT_EFFECT_SECTIONS),
+    ]

@@ -175,6 +175,14 @@ class Parallelism(Section):
     """Overlap tensor-parallel communication (CUDA with compile)."""
     pipeline_parallel_degree: int = Field(1, gt=0)
     """Ranks in a pipeline."""
+    pipeline_parallel_schedule: Literal["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble"] = "1F1B"
+    """Order of forwards and backwards; the last two put several stages on each rank."""
+    pipeline_parallel_split_points: list[str] = []
+    """First module of each stage but the first, e.g. `layers.4,layers.8`; default: split by cost."""
+    pipeline_parallel_microbatches: int | None = Field(None, gt=0)
+    """Micro-batches per step; default: as many as the schedule needs, of at most batch_size sequences."""
+    pipeline_parallel_stages_per_rank: int = Field(2, gt=0)
+    """Of Interleaved1F1B."""
     context_parallel_degree: int = Field(1, gt=0)
     """Ranks that share each sequence."""
 

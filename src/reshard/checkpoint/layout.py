@@ -17,10 +17,10 @@ from reshard.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from reshard.errors import CheckpointError, StorageError
 
 METADATA = ".metadata"
-_STEP = re.compile(r"^step-(\d+)$")
-_TEMPORARY = re.compile(r"^(?P<target>.+)\.tmp-[0-9a-f]{16}$")
-_DAMAGED = re.compile(r"^step-\d+\.damaged(-\d+)?$")
-_OLD = re.compile(r"^(?P<target>.+)\.old-[0-9a-f]{16}$")
+_STEP = re.compile(r"^step-([0-9]+)\Z")  # not `$`, which also matches before a newline
+_TEMPORARY = re.compile(r"^(?P<target>.+)\.tmp-[0-9a-f]{16}\Z")
+_DAMAGED = re.compile(r"^step-[0-9]+\.damaged(-[0-9]+)?\Z")
+_OLD = re.compile(r"^(?P<target>.+)\.old-[0-9a-f]{16}\Z")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reshard.config import Config
 from reshard.model.build import spec_of
-from reshard.parallel.dims import check_batch, check_fit, resolve_layout
+from reshard.parallel.dims import check_fit, plan_batches, resolve_layout
 from reshard.text.sources import open_source
 from reshard.text.tokenizers import check_tokenizer
 
@@ -15,6 +15,6 @@ def check(config: Config, world_size: int) -> None:
     spec = spec_of(config)
     check_fit(layout, spec, config)
     if config.training.global_batch_size > 0:
-        check_batch(layout, config, config.training.global_batch_size)
+        plan_batches(layout, config, config.training.global_batch_size)
     open_source(config.training)
     check_tokenizer(config.model.tokenizer_path, spec.vocab_size)

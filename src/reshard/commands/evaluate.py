@@ -136,7 +136,7 @@ def _load_pt(path: Path, parameters: Mapping[str, nn.Parameter], spec: LlamaSpec
     check_records(file)
     names = canonical_names(file.tensors, META)
     found = {canonical: file.tensors[name] for name, canonical in names.items()}
-    check_shapes(path, parameters, {name: tensor.shape for name, tensor in found.items()}, spec)
+    check_shapes(path, {name: tensor.shape for name, tensor in found.items()}, spec)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(found[name].read())

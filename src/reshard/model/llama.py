@@ -9,6 +9,7 @@ from the tensor at hand (`-1`), never from the spec. There are no persistent buf
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -117,22 +118,44 @@ class TiedOutput(nn.Module):
         return F.linear(x_BSD, weight_VD)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A run of consecutive layers, with the embedding before or the output after it, or both: a pipeline's stage."""
+
+    layers: range
+    embed: bool = True
+    head: bool = True
+
+    @staticmethod
+    def whole(spec: LlamaSpec) -> Part:
+        """All of a model."""
+        return Part(range(spec.n_layers))
+
+
 class Llama(nn.Module):
-    """Tokens to logits.
+    """Tokens to logits, or one part of the way: hidden states come in where the embedding is not in the part.
 
     Build it under `torch.device("meta")`, shard it, `to_empty`, then `init_rope` and fill the parameters
     (model/init.py or a checkpoint): no rank ever holds more than its part.
     """
 
-    def __init__(self, spec: LlamaSpec) -> None:
+    def __init__(self, spec: LlamaSpec, part: Part | None = None) -> None:
         super().__init__()
-        self.spec = spec
-        self.tok_embeddings = nn.Embedding(spec.vocab_size, spec.dim)
-        self.layers = nn.ModuleDict({str(i): Block(spec) for i in range(spec.n_layers)})
-        self.norm = RMSNorm(spec.dim, spec.norm_eps)
-        self.output = TiedOutput() if spec.tied else nn.Linear(spec.dim, spec.vocab_size, bias=False)
+        self.spec, self.part = spec, part or Part.whole(spec)
+        if self.part.embed:
+            self.tok_embeddings = nn.Embedding(spec.vocab_size, spec.dim)
+        self.layers = nn.ModuleDict({str(i): Block(spec) for i in self.part.layers})
+        if self.part.head:
+            self.norm = RMSNorm(spec.dim, spec.norm_eps)
+            # A tied model whose embedding lies in another part has a copy of it here, under the name output.weight.
+            self.output = TiedOutput() if self.shares_embedding else nn.Linear(spec.dim, spec.vocab_size, bias=False)
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
+
+    @property
+    def shares_embedding(self) -> bool:
+        """Does the output use the embedding of this very part?"""
+        return self.spec.tied and self.part.embed and self.part.head
 
     def init_rope(self, positions_S: Tensor) -> None:
         """Compute the rotary table for these positions (those of the sequence, or of this rank's part of it)."""
@@ -140,16 +163,24 @@ class Llama(nn.Module):
         cos, sin = rope_table(self.spec, positions_S.cpu(), upcast(parameter.dtype))
         self.cos, self.sin = cos.to(parameter.device), sin.to(parameter.device)
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        """tokens (B, S) int64 -> logits (B, S, V) in the model's dtype. S may be shorter than the rotary table."""
-        cos, sin = self.cos[: tokens_BS.shape[1]], self.sin[: tokens_BS.shape[1]]
-        x_BSD = self.tok_embeddings(tokens_BS)
+    def forward(self, x: Tensor) -> Tensor:
+        """tokens (B, S) int64, or hidden states (B, S, D) -> logits (B, S, V), or hidden states.
+
+        S may be shorter than the rotary table. Under sequence parallel S of the hidden states is a rank's share, but
+        attention always sees all of it.
+        """
+        cos, sin = self.cos, self.sin
+        if self.part.embed:
+            cos, sin = cos[: x.shape[1]], sin[: x.shape[1]]
+            x = self.tok_embeddings(x)
         for block in self.layers.values():
-            x_BSD = block(x_BSD, cos, sin)
-        x_BSD = self.norm(x_BSD)
-        if self.spec.tied:
-            return cast(Tensor, self.output(x_BSD, self.tok_embeddings.weight))
-        return cast(Tensor, self.output(x_BSD))
+            x = block(x, cos, sin)
+        if not self.part.head:
+            return x
+        x = self.norm(x)
+        if self.shares_embedding:
+            return cast(Tensor, self.output(x, self.tok_embeddings.weight))
+        return cast(Tensor, self.output(x))
 
 
 def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:

@@ -169,11 +169,21 @@ def parameter_count(spec: LlamaSpec) -> int:
     return total
 
 
-def flops_per_token(spec: LlamaSpec, seq_len: int) -> float:
-    """Floating point operations of forward and backward for one token, the usual MFU count.
+def block_flops_per_token(spec: LlamaSpec, seq_len: int) -> float:
+    """Floating point operations of one layer's forward and backward for one token.
 
-    6 per weight that multiplies (the input embedding does not), plus 12 n_layers n_heads head_dim seq_len of
-    attention, not halved for causality. Source: PaLM, appendix B.
+    6 per weight, plus 12 n_heads head_dim seq_len of attention, not halved for causality. Source: PaLM, appendix B.
     """
-    multiplying = parameter_count(spec) - (0 if spec.tied else spec.vocab_size * spec.dim)
-    return 6.0 * multiplying + 12.0 * spec.n_layers * spec.n_heads * spec.head_dim * seq_len
+    q, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+    weights = spec.dim * (2 * q + 2 * kv + 3 * spec.ffn_dim) + 2 * spec.dim
+    return 6.0 * weights + 12.0 * q * seq_len
+
+
+def output_flops_per_token(spec: LlamaSpec) -> float:
+    """The same of the last norm and the output projection."""
+    return 6.0 * (spec.vocab_size * spec.dim + spec.dim)
+
+
+def flops_per_token(spec: LlamaSpec, seq_len: int) -> float:
+    """Floating point operations of forward and backward for one token, the usual MFU count; looking up costs none."""
+    return spec.n_layers * block_flops_per_token(spec, seq_len) + output_flops_per_token(spec)

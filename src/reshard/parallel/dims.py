@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 from reshard.config import Config
 from reshard.errors import LayoutError
 from reshard.model.spec import LlamaSpec
+from reshard.parallel.pipeline import split_layers, stage_count
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+# The axes of the device mesh. Ranks that share a sequence hold the same weights and see different tokens, so to FSDP they
+# are data-parallel ranks: dp_shard and cp are one axis of it.
+AXES = ("pp", "dp_replicate", "fsdp", "tp")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,31 @@ class Layout:
     def dp(self) -> int:
         """Ranks that read different sequences."""
         return self.dp_replicate * self.dp_shard
+
+    def axis_sizes(self) -> tuple[int, ...]:
+        """Extents of AXES."""
+        return (self.pp, self.dp_replicate, self.dp_shard * self.cp, self.tp)
+
+    def place_of(self, rank: int) -> dict[str, int]:
+        """Where a rank stands along the five degrees. tp counts fastest, pp slowest."""
+        place = {}
+        for name in ("tp", "cp", "dp_shard", "dp_replicate", "pp"):
+            rank, place[name] = divmod(rank, getattr(self, name))
+        return place
+
+    def dp_rank(self, rank: int) -> int:
+        """Which share of the batch is this rank's?"""
+        place = self.place_of(rank)
+        return place["dp_replicate"] * self.dp_shard + place["dp_shard"]
+
+    def cp_groups(self) -> list[list[int]]:
+        """The ranks that share a sequence, for every sequence."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            place = self.place_of(rank)
+            key = tuple(place[name] for name in ("pp", "dp_replicate", "dp_shard", "tp"))
+            groups.setdefault(key, []).append(rank)
+        return list(groups.values())
 
     def to_dict(self) -> dict[str, int]:
         """The degrees by name, for manifest and events."""
@@ -76,11 +104,6 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
             f"the degrees multiply to {shard * others}, but {world_size} rank(s) were started ({factors})",
             hint=f"start {shard * others} ranks, or give `--parallelism.data_parallel_shard_degree -1`",
         )
-    for name, degree in (("pipeline", p.pipeline_parallel_degree), ("context", p.context_parallel_degree)):
-        if degree > 1:
-            raise LayoutError(
-                f"parallelism.{name}_parallel_degree is {degree}: {name} parallel is not yet available, expected 1"
-            )
     if p.enable_async_tensor_parallel:
         raise LayoutError("parallelism.enable_async_tensor_parallel is not yet available, expected false")
     return Layout(
@@ -94,46 +117,74 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
 
 def check_fit(layout: Layout, spec: LlamaSpec, config: Config) -> None:
     """Do model and sequence divide among the ranks? Raises LayoutError with the numbers."""
+    seq_len = config.training.seq_len
+    if layout.cp > 1 and seq_len % (2 * layout.cp):
+        raise LayoutError(
+            f"a sequence of {seq_len} tokens does not divide into the {2 * layout.cp} pieces of "
+            f"context_parallel_degree {layout.cp}",
+            hint=f"--training.seq_len {max(1, seq_len // (2 * layout.cp)) * 2 * layout.cp}",
+        )
     for what, number in (
         ("query heads", spec.n_heads),
         ("KV heads", spec.n_kv_heads),
         ("rows of the feed-forward", spec.ffn_dim),
         ("rows of the vocabulary", spec.vocab_size),
-        ("tokens of a sequence", config.training.seq_len),
+        ("tokens of a rank's sequence", seq_len // layout.cp),
     ):
         if number % layout.tp:
             raise LayoutError(
                 f"{number} {what} do not divide among tensor_parallel_degree {layout.tp}",
                 hint="choose a degree that divides them",
             )
+    if layout.pp > 1:
+        split_layers(spec, stage_count(config.parallelism), config.parallelism.pipeline_parallel_split_points, seq_len)
 
 
-def check_batch(layout: Layout, config: Config, global_batch_size: int) -> int:
-    """How many micro-steps per optimizer step? Raises LayoutError where the global batch does not divide.
+@dataclass(frozen=True)
+class Batches:
+    """How a data-parallel rank runs its share of the global batch: equally many equal micro-batches on every rank.
 
-    global_batch_size: sequences per optimizer step, already resolved (never -1).
+    share: sequences of the global batch that are a rank's own, at most. Rows beyond it, or beyond the global batch, are
+    padding with labels that do not count, so any number of ranks computes the exact mean over the global batch's tokens.
     """
-    per_micro_step = config.training.batch_size * layout.dp
-    if global_batch_size % per_micro_step or global_batch_size == 0:
-        raise LayoutError(
-            f"a global batch of {global_batch_size} sequences does not divide into micro-steps of "
-            f"{layout.dp} data-parallel rank(s) x batch_size {config.training.batch_size}",
-            hint=_batch_hint(layout, global_batch_size),
-        )
-    return global_batch_size // per_micro_step
+
+    share: int
+    count: int
+    size: int
+
+    @property
+    def rows(self) -> int:
+        """Sequences that a rank computes per step, padding included."""
+        return self.count * self.size
 
 
-def _batch_hint(layout: Layout, global_batch_size: int) -> str:
-    if global_batch_size % layout.dp:
-        return f"the {layout.dp} data-parallel ranks must divide {global_batch_size}; start another number of ranks"
-    share = global_batch_size // layout.dp
-    fitting = [n for n in range(1, share + 1) if share % n == 0]
-    return f"each rank has {share} sequences a step: --training.batch_size {' or '.join(map(str, fitting[-3:]))}"
+def plan_batches(layout: Layout, config: Config, global_batch_size: int) -> Batches:
+    """Micro-batches of at most training.batch_size sequences, as many as the pipeline needs.
+
+    global_batch_size: sequences per optimizer step, already resolved (never -1). Raises LayoutError.
+    """
+    if global_batch_size < 1:
+        raise LayoutError(f"the global batch has {global_batch_size} sequences, expected at least 1")
+    share = -(-global_batch_size // layout.dp)
+    size = min(config.training.batch_size, share)
+    count = -(-share // size)
+    if layout.pp > 1:
+        p = config.parallelism
+        fewest = p.pipeline_parallel_microbatches or max(count, stage_count(p))
+        if p.pipeline_parallel_schedule == "1F1B" and fewest < layout.pp:
+            raise LayoutError(
+                f"parallelism.pipeline_parallel_microbatches is {fewest}, but 1F1B needs at least one for each of the "
+                f"{layout.pp} stages",
+            )
+        size = max(1, -(-share // fewest))
+        count = max(fewest, -(-share // size))
+        if p.pipeline_parallel_schedule == "Interleaved1F1B":
+            count = -(-count // layout.pp) * layout.pp  # it runs them in rounds of pp
+    return Batches(share, count, size)
 
 
 def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
-    """The device mesh with all five axes, also those of degree 1. Needs an initialised process group."""
+    """The device mesh with all axes, also those of degree 1. Needs an initialised process group."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    degrees = layout.to_dict()
-    return init_device_mesh(device_type, tuple(degrees[axis] for axis in AXES), mesh_dim_names=AXES)
+    return init_device_mesh(device_type, layout.axis_sizes(), mesh_dim_names=AXES)

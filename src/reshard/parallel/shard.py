@@ -42,7 +42,7 @@ def shard_model(model: Llama, mesh: DeviceMesh | None, layout: Layout, config: C
         for block in model.layers.values():
             block.compile()
     parameter_dtype = next(model.parameters()).dtype
-    if mesh is not None and (layout.dp > 1 or compute != parameter_dtype):
+    if mesh is not None and (layout.dp * layout.cp > 1 or compute != parameter_dtype):
         apply_fsdp(model, mesh, layout, config, compute if compute != parameter_dtype else None)
 
 
@@ -63,8 +63,8 @@ def set_recompute(model: Llama, option: ActivationCheckpoint) -> None:
             "expected `op` or a positive whole number",
             key="activation_checkpoint.selective_ac_option",
         )
-    for i, block in enumerate(model.layers.values()):
-        if (i + 1) % every == 0:
+    for number, block in model.layers.items():
+        if (int(number) + 1) % every == 0:
             # Nothing in a Llama draws random numbers, so there is no RNG state to stash and restore.
             cast(Block, block).recompute = {"preserve_rng_state": False, **chosen}
 
@@ -92,26 +92,24 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, *, loss_parallel: bool
     With loss_parallel the logits stay split over the vocabulary and the loss is computed inside torch's
     loss_parallel(). Every parameter becomes a DTensor, norms included, so that clipping and AdamW see one kind.
     """
-    logits = Shard(-1) if loss_parallel else Replicate()
-    tied = model.spec.tied
-    output_plan: ParallelStyle
-    if tied:
-        # The embedding's rows are split already (Shard(0)); the product is split over the vocabulary by itself.
-        output_plan = PrepareModuleInput(
-            input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None), use_local_output=False
-        )
-    else:
-        output_plan = ColwiseParallel(input_layouts=Shard(1), output_layouts=logits, use_local_output=not loss_parallel)
-    parallelize_module(
-        model,
-        mesh,
-        {
-            "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-            "norm": SequenceParallel(),
-            "output": output_plan,
-        },
-    )
-    if tied and not loss_parallel:
+    plan: dict[str, ParallelStyle] = {}
+    if model.part.embed:
+        plan["tok_embeddings"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+    if model.part.head:
+        plan["norm"] = SequenceParallel()
+        if model.shares_embedding:
+            # The embedding's rows are split already (Shard(0)); the product is split over the vocabulary by itself.
+            plan["output"] = PrepareModuleInput(
+                input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None), use_local_output=False
+            )
+        else:
+            plan["output"] = ColwiseParallel(
+                input_layouts=Shard(1),
+                output_layouts=Shard(-1) if loss_parallel else Replicate(),
+                use_local_output=not loss_parallel,
+            )
+    parallelize_module(model, mesh, plan)
+    if model.part.head and model.shares_embedding and not loss_parallel:
         model.output.register_forward_hook(lambda _m, _i, out: out.full_tensor())
     block_plan: dict[str, ParallelStyle] = {
         "attention_norm": SequenceParallel(),
@@ -137,13 +135,15 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, layout: Layout, config: Config, c
 
     Gradients are summed, not averaged: each micro-batch's loss is already divided by the global batch's tokens.
     """
-    dp_mesh = mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh["dp_shard"]
+    dp_mesh = mesh["dp_replicate", "fsdp"] if layout.dp_replicate > 1 else mesh["fsdp"]
     policy = MixedPrecisionPolicy(
         param_dtype=cast_to,
         reduce_dtype=torch.float32 if cast_to is not None else None,
         cast_forward_inputs=False,  # it would also round the float32 RoPE tables; the embedding casts by itself
     )
-    reshard = config.parallelism.fsdp_reshard_after_forward != "never"
+    # A pipeline runs many forwards before the first backward: gathering again for each would cost more than it saves.
+    wish = config.parallelism.fsdp_reshard_after_forward
+    reshard = wish == "always" or (wish == "default" and layout.pp == 1)
     for block in model.layers.values():
         fully_shard(block, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=reshard)
     # The root keeps the embedding and the output gathered from forward to backward: it needs them again at once.

@@ -31,13 +31,14 @@ class World:
     """A process that has met the others.
 
     control: a CPU group for small objects. background: another one, for what happens while training goes on. Both None
-    where there is one rank.
+    where there is one rank. sequence: the ranks that share this one's sequences; None where there is none to share with.
     """
 
     place: Place
     device: torch.device
     control: dist.ProcessGroup | None
     background: dist.ProcessGroup | None
+    sequence: dist.ProcessGroup | None
 
 
 def place_from_environment() -> Place:
@@ -62,10 +63,11 @@ def device_type() -> str:
 
 
 @contextmanager
-def join(place: Place, comm: Comm, *, need_group: bool) -> Iterator[World]:
+def join(place: Place, comm: Comm, *, need_group: bool, sequences: list[list[int]]) -> Iterator[World]:
     """Meet the other ranks, and leave them at the end. NCCL on CUDA (not yet run on a GPU), gloo on CPU.
 
-    need_group: make a process group even for a single rank (FSDP's mixed precision wants one).
+    sequences: the ranks that share each sequence, all of them. need_group: make a process group even for a single rank
+    (FSDP's mixed precision wants one).
     """
     import torch
     import torch.distributed as dist
@@ -75,7 +77,7 @@ def join(place: Place, comm: Comm, *, need_group: bool) -> Iterator[World]:
     if kind == "cuda":
         torch.cuda.set_device(device)
     if place.world_size == 1 and not need_group:
-        yield World(place, device, None, None)
+        yield World(place, device, None, None, None)
         return
     backend = "cuda:nccl,cpu:gloo" if kind == "cuda" else "gloo"
     timeout = timedelta(seconds=comm.init_timeout_seconds)
@@ -85,11 +87,11 @@ def join(place: Place, comm: Comm, *, need_group: bool) -> Iterator[World]:
         dist.init_process_group(backend, store=_lone_store(), rank=0, world_size=1, timeout=timeout)
     try:
         if place.world_size == 1:
-            yield World(place, device, None, None)
+            yield World(place, device, None, None, None)
             return
         patience = timedelta(seconds=comm.train_timeout_seconds)
         control, background = (dist.new_group(backend="gloo", timeout=patience) for _ in range(2))
-        yield World(place, device, control, background)
+        yield World(place, device, control, background, _sequence_group(place, sequences))
     finally:
         dist.destroy_process_group()
 
@@ -107,3 +109,15 @@ def _lone_store() -> Any:
     import torch.distributed as dist
 
     return dist.HashStore()  # type: ignore[attr-defined]  # it is public, but not listed in __all__
+
+
+def _sequence_group(place: Place, sequences: list[list[int]]) -> dist.ProcessGroup | None:
+    """The group of this rank's sequence. Every rank makes every group, as torch asks for."""
+    import torch.distributed as dist
+
+    mine = None
+    for members in sequences:
+        group = dist.new_group(members) if len(members) > 1 else None
+        if place.rank in members:
+            mine = group
+    return mine

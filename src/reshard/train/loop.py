@@ -17,11 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import loss_parallel
 
 from reshard.checkpoint.commit import recover
@@ -38,15 +37,18 @@ from reshard.checkpoint.weights import weights_state
 from reshard.config import Config, config_to_toml
 from reshard.errors import TrainingError
 from reshard.model.build import spec_of
-from reshard.model.llama import Llama, cross_entropy_sum
+from reshard.model.llama import Llama, Part
 from reshard.model.spec import LlamaSpec, flops_per_token, parameter_count
-from reshard.parallel.dims import Layout, build_mesh, check_batch, check_fit, resolve_layout
-from reshard.parallel.shard import set_gradient_sync, shard_model
+from reshard.parallel.context import apply_context_parallel, positions_of
+from reshard.parallel.dims import Layout, build_mesh, check_fit, plan_batches, resolve_layout
+from reshard.parallel.pipeline import Pipeline, parts_of_rank, tie_of
+from reshard.parallel.shard import shard_model
 from reshard.parallel.world import Place, World, join, place_from_environment, set_timeouts
 from reshard.text.cache import TokenData, full_fingerprint, prepare
 from reshard.text.order import TrainingText, held_out
 from reshard.train.metrics import Reporter
 from reshard.train.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from reshard.train.passes import Passes
 from reshard.train.signals import asked_to_stop
 from reshard.train.space import check_space
 from reshard.train.start import TrainState, check_data, first_choice, fresh_global_batch, full_state, load_or_fall_back
@@ -74,7 +76,8 @@ def train(config: Config) -> Outcome:
     data, _ = prepare(config, spec.vocab_size, progress=True)
     fingerprint = full_fingerprint(data, config)
     compute = compute_dtype(config)
-    with join(place, config.comm, need_group=compute != dtype_from_name(config.training.dtype)) as world:
+    need_group = compute != dtype_from_name(config.training.dtype)
+    with join(place, config.comm, need_group=need_group, sequences=layout.cp_groups()) as world:
         ranks = Ranks(world.control)
         if place.rank == 0 and config.job.print_args:
             logger.info("resolved config:\n%s", config_to_toml(config))
@@ -114,31 +117,41 @@ def _train(
     # -- the model, this rank's part of it -----------------------------------------------------------------------
     begun = time.perf_counter()
     mesh = build_mesh(layout, world.device.type) if dist.is_initialized() else None
-    with torch.device("meta"):
-        model = Llama(spec).to(dtype_from_name(t.dtype))
-    shard_model(model, mesh, layout, config, compute)
-    model.to_empty(device=world.device)
-    model.init_rope(torch.arange(t.seq_len))
-    parameters = dict(model.named_parameters())
-    optimizer = build_optimizer(parameters, config.optimizer)
+    positions_S = positions_of(layout.place_of(place.rank)["cp"], layout.cp, t.seq_len)
+    stages = parts_of_rank(layout.place_of(place.rank)["pp"], spec, config.parallelism, t.seq_len)
+    models = [_part_of_model(part, mesh, positions_S, config, world, layout, spec, compute) for _, part in stages]
+    parameters = {name: p for model in models for name, p in model.named_parameters()}
+    optimizer = build_optimizer(parameters, config.optimizer, tied=spec.tied)
     if config.checkpoint.enable_checkpoint:
         ranks.on_first(lambda: check_space(folder, spec, config))
 
     state = TrainState(global_batch_size=fresh_global_batch(config, layout.dp), rng_seed=t.rng_seed)
     start, state, lost = load_or_fall_back(start, state, config, spec, fingerprint, parameters, optimizer, ranks)
-    micro_steps = check_batch(layout, config, state.global_batch_size)
+    batches = plan_batches(layout, config, state.global_batch_size)
 
     # -- what the steps need -------------------------------------------------------------------------------------
     text = TrainingText(data.train, t.seq_len, state.rng_seed)
     validation = held_out(data.validation, t.seq_len, config.validation.sequences) if config.validation.freq else None
-    share = Share(
-        dp_rank=_dp_rank(place, layout),
-        micro_steps=micro_steps,
-        batch_size=t.batch_size,
-        groups=[mesh[axis].get_group() for axis in ("dp_replicate", "dp_shard")] if mesh is not None else [],
+    groups = {axis: mesh[axis].get_group() for axis in ("dp_replicate", "fsdp", "pp")} if mesh is not None else {}
+    passes = Passes(
+        parts=models,
+        batches=batches,
+        dp_rank=layout.dp_rank(place.rank),
+        dp=layout.dp,
+        positions_S=positions_S,
+        groups=list(groups.values()),
         device=world.device,
         loss_context=loss_parallel if layout.tp > 1 and not config.parallelism.disable_loss_parallel else nullcontext,
+        tokens_per_step=state.global_batch_size * t.seq_len,
+        # Under sequence parallel each tp rank hands on its share of the positions.
+        hidden=lambda n: torch.empty(n, len(positions_S) // layout.tp, spec.dim, dtype=compute, device=world.device),
     )
+    if layout.pp > 1:
+        numbered = [(number, model) for (number, _), model in zip(stages, models, strict=True)]
+        passes.pipeline = Pipeline.build(
+            numbered, config.parallelism, groups["pp"], world.device, batches.count, passes.loss
+        )
+        passes.tie = tie_of(spec, config.parallelism, layout.pp, parameters, groups["pp"])
     clean_up = partial(
         retain,
         folder,
@@ -146,7 +159,6 @@ def _train(
         keep_every_n=config.checkpoint.keep_every_n,
         protected=start.directory,
     )
-    tokens_per_step = state.global_batch_size * t.seq_len
     last_step = min(t.steps, t.stop_after) if t.stop_after else t.steps
     origin = About(
         step=state.step,
@@ -175,7 +187,7 @@ def _train(
     logger.info(
         "%s: %s parameters, %s, %s, global batch %d x %d tokens, %d micro-step(s), from %s",
         config.model.flavor, f"{parameter_count(spec):,}", layout, _dtypes(t.dtype, compute),
-        state.global_batch_size, t.seq_len, micro_steps, _where(start, state),
+        state.global_batch_size, t.seq_len, batches.count, _where(start, state),
     )  # fmt: skip
     if state.step >= last_step:
         logger.info(
@@ -196,18 +208,8 @@ def _train(
         while state.step < last_step:
             step = state.step + 1
             optimizer.zero_grad(set_to_none=True)
-            loss = torch.zeros((), dtype=torch.float64, device=share.device)
-            for micro_step, batch_BS in enumerate(share.of(text, state.next_sequence)):
-                set_gradient_sync(model, micro_step == micro_steps - 1)
-                with share.loss_context():
-                    logits_BSV = model(batch_BS[:, :-1])
-                    # Divided by the global batch's tokens here, and summed everywhere below: the exact global mean.
-                    part = cross_entropy_sum(logits_BSV, batch_BS[:, 1:]) / tokens_per_step
-                    del logits_BSV  # the largest tensor of the step: free it before backward needs the room
-                    part.backward()  # type: ignore[no-untyped-call]
-                loss += _plain(part)
-            share.sum_over_ranks(loss)
-            norm = clip_gradients(parameters.values(), t.max_norm)
+            loss = passes.train(text, state.next_sequence, state.global_batch_size)
+            norm = clip_gradients(parameters, t.max_norm, groups.get("pp"), tied=spec.tied)
             loss_value, norm_value = loss.item(), norm.item()
             if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
                 raise TrainingError(
@@ -224,14 +226,15 @@ def _train(
                 logger.info("step %d ends epoch %d of the text", step, text.epoch_of(state.next_sequence))
             state = state.after_step(t.seq_len)
             report.step(
-                step=step, loss=loss_value, grad_norm=norm_value, lr=lr, tokens_seen=state.tokens_seen, tokens=tokens_per_step
+                step=step, loss=loss_value, grad_norm=norm_value, lr=lr, tokens_seen=state.tokens_seen,
+                tokens=passes.tokens_per_step,
             )  # fmt: skip
             if profiler is not None:
                 profiler.step()
             if step % t.gc_freq == 0:
                 gc.collect(1)
             if validation is not None and (step % config.validation.freq == 0 or step == last_step):
-                value = _validate(model, validation, share, layout)
+                value = passes.evaluate(validation)
                 report.event("validation", step=step, loss=value, sequences=len(validation))
                 logger.info("step %d  validation loss %.4f", step, value)
             stop, overdue, over = ranks.maximum(asked.signal, _overdue(last_save, config, ranks), saver.status())
@@ -244,7 +247,7 @@ def _train(
                     saved += saver.start(directory, weights_state(parameters, spec), about, export)
                 else:
                     about = replace(origin, step=step, train_state=asdict(state))
-                    saved += saver.start(directory, full_state(parameters, optimizer, state), about)
+                    saved += saver.start(directory, full_state(parameters, spec, optimizer, state), about)
             if stop or step == last_step:
                 saved += saver.collect()
             for done in saved:
@@ -255,71 +258,32 @@ def _train(
                 report.event("stop", step=step, signal=signal.Signals(stop).name)
                 break
             if step == 1:
-                set_timeouts(config.comm, share.groups)
+                set_timeouts(config.comm, list(groups.values()))
             report.start_clock()  # saves and validations are not part of the next step's time
     report.event("end", step=state.step, loss=loss_value)
     report.close()
     return Outcome(state.step, loss_value, directory)
 
 
-@dataclass(frozen=True)
-class Share:
-    """This rank's part in a step: which sequences are its own, and whom it sums with."""
-
-    dp_rank: int
-    micro_steps: int
-    batch_size: int
-    groups: list[dist.ProcessGroup]  # sums over both together are sums over the data-parallel ranks
-    device: torch.device
-    loss_context: Callable[[], AbstractContextManager[Any]]
-
-    def of(self, text: TrainingText, first: int) -> Iterator[Tensor]:
-        """The micro-batches of the global batch that begins at sequence `first`: (batch_size, seq_len + 1) int64.
-
-        Sequences are dealt by global index, so which ones make up a step does not depend on the layout.
-        """
-        mine = first + self.dp_rank * self.micro_steps * self.batch_size
-        for begin in range(mine, mine + self.micro_steps * self.batch_size, self.batch_size):
-            batch = np.stack([text[i] for i in range(begin, begin + self.batch_size)])
-            yield torch.from_numpy(batch).to(self.device, non_blocking=True)
-
-    def sum_over_ranks(self, value: Tensor) -> None:
-        """Add a 0-d tensor up over the data-parallel ranks, in place."""
-        for group in self.groups:
-            dist.all_reduce(value, group=group)
-
-
-def _dp_rank(place: Place, layout: Layout) -> int:
-    """Which share of the batch is this rank's? The mesh counts pp, dp_replicate, dp_shard, cp, tp, last fastest."""
-    return place.rank // (layout.cp * layout.tp) % layout.dp
-
-
-def _plain(value: Tensor) -> Tensor:
-    """A loss as a plain number: under loss_parallel it comes as a DTensor."""
-    return value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()
-
-
-def _validate(model: Llama, sequences: Any, share: Share, layout: Layout) -> float:
-    """Mean loss over the held-out sequences, in nats per token, the same on every rank.
-
-    sequences: (n, seq_len + 1) int64. Every rank runs equally many equal batches, because collectives need all; what
-    does not divide is padded with labels that do not count.
-    """
-    size, seq_len = share.batch_size, sequences.shape[1] - 1
-    total = torch.zeros((), dtype=torch.float64, device=share.device)
-    model.eval()
-    with torch.no_grad():
-        for begin in range(0, len(sequences), size * layout.dp):
-            first = begin + share.dp_rank * size
-            batch_BS = torch.full((size, seq_len + 1), -100, dtype=torch.int64)
-            mine = torch.from_numpy(sequences[first : first + size])
-            batch_BS[: len(mine)] = mine
-            batch_BS = batch_BS.to(share.device)
-            with share.loss_context():
-                total += _plain(cross_entropy_sum(model(batch_BS[:, :-1].clamp(min=0)), batch_BS[:, 1:]))
-    share.sum_over_ranks(total)
-    model.train()
-    return total.item() / float(len(sequences) * seq_len)
+def _part_of_model(
+    part: Part,
+    mesh: DeviceMesh | None,
+    positions_S: Tensor,
+    config: Config,
+    world: World,
+    layout: Layout,
+    spec: LlamaSpec,
+    compute: torch.dtype,
+) -> Llama:
+    """One stage of the model, this rank's shards of it, with memory but no values yet."""
+    with torch.device("meta"):
+        model = Llama(spec, part).to(dtype_from_name(config.training.dtype))
+    shard_model(model, mesh, layout, config, compute)
+    model.to_empty(device=world.device)
+    model.init_rope(positions_S)
+    if world.sequence is not None:
+        apply_context_parallel(model, world.sequence, config.training.seq_len)
+    return model
 
 
 def compute_dtype(config: Config) -> torch.dtype:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -15,16 +16,18 @@ from reshard.config import Optimizer as OptimizerConfig
 GROUPS = ("decay", "no_decay")
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, *, tied: bool = False
+) -> torch.optim.Optimizer:
     """AdamW (or Adam) over named parameters, in at most two groups: with and without weight decay.
 
     Its state is made at once, as torch makes it at the first step, so that a checkpoint has somewhere to go.
     """
     split: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     for name, parameter in parameters.items():
-        plain = config.decay_norms_and_embeddings or not (
-            name.endswith("norm.weight") or name == "tok_embeddings.weight"
-        )
+        # In a pipeline a tied embedding has a copy named output.weight, which must be treated as the embedding is.
+        embedding = name == "tok_embeddings.weight" or (tied and name == "output.weight")
+        plain = config.decay_norms_and_embeddings or not (name.endswith("norm.weight") or embedding)
         split["decay" if plain else "no_decay"].append(parameter)
     groups = [
         {"params": members, "weight_decay": config.weight_decay if name == "decay" else 0.0, "name": name}
@@ -111,15 +114,27 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: Mapping[str, nn.Parameter],
+    max_norm: float,
+    pipeline: dist.ProcessGroup | None = None,
+    *,
+    tied: bool = False,
+) -> Tensor:
     """Scale gradients down to the true global norm over all ranks; returns that norm, 0-d. max_norm 0: only measure.
 
-    Sharded gradients are DTensors: their norm knows of the other shards.
+    Sharded gradients are DTensors: their norm knows of the other shards. pipeline: the ranks that hold the other layers.
+    tied: `output.weight` is a copy of the embedding, whose gradient counts once.
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    having = {name: p for name, p in parameters.items() if p.grad is not None}
+    counted = [p.grad for name, p in having.items() if p.grad is not None and not (tied and name == "output.weight")]
+    norm = torch.nn.utils.get_total_norm(counted)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
+    if pipeline is not None and pipeline.size() > 1:
+        square = norm**2
+        dist.all_reduce(square, group=pipeline)
+        norm = square.sqrt()
     if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(list(having.values()), max_norm, norm)
     return norm

@@ -20,9 +20,9 @@ from reshard.checkpoint.quarantine import SetAside, set_aside, set_damaged_aside
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.save import tensor_state
 from reshard.checkpoint.state import State, local_part
-from reshard.checkpoint.weights import load_weights
+from reshard.checkpoint.weights import EMBEDDING, OUTPUT, check_shapes, load_weights, repeat_embedding, stored_once
 from reshard.config import Config
-from reshard.errors import ConfigError, FormatError, IntegrityError, LayoutError, NotACheckpoint, TensorMismatch
+from reshard.errors import ConfigError, FormatError, IntegrityError, LayoutError, NotACheckpoint
 from reshard.model.init import initial_rows
 from reshard.model.spec import LlamaSpec
 from reshard.text.cache import fingerprint_difference
@@ -52,12 +52,13 @@ class TrainState:
 
 
 def full_state(
-    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, train_state: TrainState
+    parameters: Mapping[str, nn.Parameter], spec: LlamaSpec, optimizer: torch.optim.Optimizer, train_state: TrainState
 ) -> State:
-    """Everything that a resume needs, by stored name."""
+    """Everything that a resume needs, by stored name: what this rank holds of it."""
+    once = stored_once(parameters, spec)
     return {
-        "model": dict(parameters),
-        "optimizer": {**optimizer_moments(optimizer, parameters), **group_values(optimizer)},
+        "model": once,
+        "optimizer": {**optimizer_moments(optimizer, once), **group_values(optimizer)},
         "train_state": tensor_state(asdict(train_state)),
     }
 
@@ -68,7 +69,8 @@ def initialise(parameters: Mapping[str, nn.Parameter], spec: LlamaSpec, rng_seed
         for name, parameter in parameters.items():
             local, box = local_part(parameter)
             if box.volume:
-                rows = initial_rows(spec, rng_seed, name, box.offsets[0], box.offsets[0] + box.sizes[0])
+                stored = EMBEDDING if spec.tied and name == OUTPUT else name
+                rows = initial_rows(spec, rng_seed, stored, box.offsets[0], box.offsets[0] + box.sizes[0])
                 others = tuple(slice(o, o + s) for o, s in zip(box.offsets[1:], box.sizes[1:], strict=True))
                 local.copy_(rows[(slice(None), *others)])
 
@@ -108,7 +110,7 @@ def load_or_fall_back(
     while True:
         try:
             if start.resume:
-                return start, resume(start, config, parameters, optimizer, ranks), aside
+                return start, resume(start, config, spec, parameters, optimizer, ranks), aside
             if start.directory is not None:
                 load_weights(start.directory, parameters, spec, ranks)
             else:
@@ -160,6 +162,7 @@ def check_data(start: Start, fingerprint: dict[str, Any], config: Config) -> Non
 def resume(
     start: Start,
     config: Config,
+    spec: LlamaSpec,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     ranks: Ranks,
@@ -167,20 +170,19 @@ def resume(
     """Load a full checkpoint onto whatever layout this is. Raises before anything is touched where it does not fit."""
     assert start.directory is not None and start.manifest is not None
     excluded = config.checkpoint.exclude_from_loading
-    moments = {} if "optimizer" in excluded else optimizer_moments(optimizer, parameters)
-    _check_dtype(start, parameters, config)
-    wanted: dict[str, Tensor] = {f"model.{name}": p for name, p in parameters.items()}
-    wanted |= {f"optimizer.{name}": t for name, t in moments.items()}
+    once = stored_once(parameters, spec)
+    moments = {} if "optimizer" in excluded else optimizer_moments(optimizer, once)
+    stored = {n.removeprefix("model."): e for n, e in start.manifest.tensors.items() if n.startswith("model.")}
+    check_shapes(start.directory, {name: entry.shape for name, entry in stored.items()}, spec)
+    _check_dtype(start, {entry.dtype for entry in stored.values()}, config)
     numbers = tensor_state(asdict(TrainState()))
-    wanted |= {f"train_state.{name}": t for name, t in numbers.items()}
-    stored = [n for n in start.manifest.tensors if n.startswith("model.")]
-    unexpected = [n.removeprefix("model.") for n in stored if n not in wanted]
-    if unexpected:
-        raise TensorMismatch(
-            f"checkpoint `{start.directory}` does not fit the model",
-            path=start.directory, unexpected=unexpected, hint="resume with the model that was trained: [model]",
-        )  # fmt: skip
+    wanted: dict[str, Tensor] = {f"model.{name}": p for name, p in once.items()}
+    wanted |= {f"optimizer.{name}": moment for name, moment in moments.items()}
+    wanted |= {f"train_state.{name}": number for name, number in numbers.items()}
     load(start.directory, wanted, ranks, cast=config.checkpoint.allow_dtype_change)
+    repeat_embedding(parameters, spec)
+    for key in ("step", "exp_avg", "exp_avg_sq") if moments else ():
+        repeat_embedding({name: optimizer.state[p][key] for name, p in parameters.items()}, spec)
     train_state = TrainState(**{name: int(t) for name, t in numbers.items()})
     if asdict(train_state) != start.manifest.train_state:
         raise FormatError(
@@ -202,10 +204,7 @@ def _global_batch(saved: TrainState, config: Config) -> TrainState:
     return replace(saved, global_batch_size=wanted)
 
 
-def _check_dtype(start: Start, parameters: Mapping[str, nn.Parameter], config: Config) -> None:
-    assert start.manifest is not None
-    names = [f"model.{name}" for name in parameters if f"model.{name}" in start.manifest.tensors]
-    stored = {start.manifest.tensors[name].dtype for name in names}
+def _check_dtype(start: Start, stored: set[str], config: Config) -> None:
     if stored - {config.training.dtype} and not config.checkpoint.allow_dtype_change:
         raise ConfigError(
             f"checkpoint `{start.directory}` was trained in {'/'.join(sorted(stored))}, "
