@@ -117,6 +117,18 @@ def config(arguments: Sequence[str], keys: bool, checking: bool, world_size: int
         click.echo(config_to_toml(resolved), nl=False)
 
 
+@cli.command(context_settings=_KEYS)
+@_ARGUMENTS
+@click.option("--world-size", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks to plan for.")
+@_JSON
+def plan(arguments: Sequence[str], world_size: int, as_json: bool) -> None:
+    """Who would hold what on N ranks, without them: mesh, memory of each rank, checkpoint size."""
+    from reshard.commands.plan import run, table
+
+    report = run(_config(arguments), world_size)
+    click.echo(json.dumps(report) if as_json else "\n".join(table(report)))
+
+
 @cli.command("eval")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(

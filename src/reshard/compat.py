@@ -1,6 +1,6 @@
 """What did torchtitan call it? The early-2025 spellings that a config may still use. Imports nothing.
 
-Three tables: other names for our keys, keys that are accepted without effect, keys that are refused with a reason.
+Four tables: other names for our keys, other spellings of their values, keys that are accepted without effect, keys that are refused with a reason.
 Source: torchtitan's config_manager.py and train_configs/, December 2024 to June 2025, and the specification.
 """
 
@@ -34,6 +34,15 @@ ALIASES: dict[str, str] = {
     "checkpoint.enable": "checkpoint.enable_checkpoint",
     "checkpoint.last_save_model_only": "checkpoint.model_weights_only",
     "checkpoint.last_save_model_weights_only": "checkpoint.model_weights_only",
+}
+
+# our name -> {other spelling of a value: ours}
+VALUES: dict[str, dict[str, str]] = {
+    "parallelism.pipeline_parallel_schedule": {
+        "1f1b": "1F1B",
+        "gpipe": "GPipe",
+        "interleaved_1f1b": "Interleaved1F1B",
+    },
 }
 
 _ANY = object()
@@ -115,6 +124,9 @@ def foreign_key(section: str, key: str, value: Any) -> str | None:
 def rows() -> list[tuple[str, str, str]]:
     """The table for people: (torchtitan's key, what happens, why)."""
     table = [(old, f"means {new}", "") for old, new in ALIASES.items()]
+    table += [
+        (f"{key} = {old!r}", f"means {new!r}", "") for key, old_new in VALUES.items() for old, new in old_new.items()
+    ]
     for name, (harmless, reason) in _WITHOUT_EFFECT.items():
         accepted = "any value" if harmless is _ANY else " or ".join(repr(h) for h in harmless)
         table.append((name, f"accepted without effect: {accepted}", reason))

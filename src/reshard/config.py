@@ -405,6 +405,8 @@ class _Values:
                 raise _unknown(section, key, self.where)
             self.warnings.append(warning)
             return
+        if isinstance(value, str):
+            value = compat.VALUES.get(name, {}).get(value, value)
         if from_text:
             value = _parsed(section, key, value, typed)
         values = self.data.setdefault(section, {})

@@ -85,7 +85,7 @@ class _Machine:
             raise
         except _DamagedError as e:
             raise self._damaged(str(e)) from None
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, struct.error) as e:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, struct.error) as e:
             reason = "it ends early" if self.at >= len(self.data) else f"{type(e).__name__} from what it holds"
             raise self._damaged(reason) from e
         finally:

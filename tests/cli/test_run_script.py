@@ -86,8 +86,8 @@ def test_more_than_one_process_makes_no_seed(shell: Any, tmp_path: Path) -> None
         ("3", "--training.global_batch_size 8",
          "a global batch of 8 sequences does not divide into micro-steps of 3 data-parallel rank(s) x batch_size 4"),
         ("2", "--training.stepz 3", "config key `training.stepz` in the command line is not known"),
-        ("2", "--experimental.pipeline_parallel_degree 2",
-         "parallelism.pipeline_parallel_degree is 2: pipeline parallel is not yet available, expected 1"),
+        ("4", "--experimental.pipeline_parallel_degree 3",
+         "4 ranks do not divide by the fixed degrees (dp_replicate 1 x dp_shard -1 x cp 1 x tp 1 x pp 3): 4 / 3"),
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused_before_torchrun(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 import tomllib
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -206,13 +207,21 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def other_value(section: str, key: str) -> str:
-    """A valid value of a key that is not its default, as typed and as TOML alike."""
+    """A valid value of a key that is not its default, as typed."""
     field = sections()[section].model_fields[key]
+    if get_origin(field.annotation) is Literal:
+        return next(str(choice) for choice in get_args(field.annotation) if choice != field.default)
     if field.annotation is bool:
         return str(not field.default).lower()
-    return {"lr_min": "0.25", "decay_ratio": "0.5", "decay_type": "cosine", "fsdp_reshard_after_forward": "never"}.get(
-        key, "3"
-    )
+    return {"lr_min": "0.25", "decay_ratio": "0.5", "pipeline_parallel_split_points": "layers.1"}.get(key, "3")
+
+
+def as_toml(section: str, key: str, value: str) -> str:
+    """The same value as a TOML file has it."""
+    annotation = str(sections()[section].model_fields[key].annotation)
+    if "list" in annotation:
+        return f'["{value}"]'
+    return f'"{value}"' if "Literal" in annotation or "str" in annotation else value
 
 
 @pytest.mark.parametrize("old", compat.ALIASES)
@@ -221,11 +230,22 @@ def test_every_alias_works_on_the_line_and_in_the_file(tmp_path: Path, old: str)
     value = other_value(section, key)
     on_the_line, warnings = load_config(None, [f"--{old}", value])
     old_section, _, old_key = old.partition(".")
-    quoted = value if value[0].isdigit() or value in {"true", "false"} else f'"{value}"'
-    in_the_file, _ = load_config(toml(tmp_path, f"[{old_section}]\n{old_key} = {quoted}\n"))
+    in_the_file, _ = load_config(toml(tmp_path, f"[{old_section}]\n{old_key} = {as_toml(section, key, value)}\n"))
     assert on_the_line == in_the_file != Config()
-    assert str(getattr(getattr(on_the_line, section), key)).lower() == value
+    assert value.lower() in str(getattr(getattr(on_the_line, section), key)).lower()
     assert warnings == []
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"), [(key, old, new) for key, table in compat.VALUES.items() for old, new in table.items()]
+)
+def test_other_spellings_of_values(tmp_path: Path, key: str, old: str, new: str) -> None:
+    section, _, name = key.partition(".")
+    for config, _ in (
+        load_config(None, [f"--{key}", old]),
+        load_config(toml(tmp_path, f'[{section}]\n{name} = "{old}"\n')),
+    ):
+        assert getattr(getattr(config, section), name) == new
 
 
 @pytest.mark.parametrize("old", compat.ALIASES)
@@ -426,7 +446,7 @@ def test_files_of_early_2025_run(tmp_path: Path, content: str) -> None:
             name = compat.ALIASES.get(f"{section}.{key}", f"{section}.{key}")
             ours, _, our_key = name.partition(".")
             if ours in arrived and our_key in arrived[ours]:
-                assert arrived[ours][our_key] == value, name
+                assert arrived[ours][our_key] == compat.VALUES.get(name, {}).get(str(value), value), name
             else:
                 silent.add(f"torchtitan's `{section}.{key}` has no effect here")
     assert set(warnings) == silent

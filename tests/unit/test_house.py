@@ -145,7 +145,7 @@ def files_of_the_tree() -> list[Path]:
 
 
 def test_nothing_of_one_machine_is_in_the_tree() -> None:
-    places = re.compile(r"(?<![\w.])/(work|opt|home|root)/\w|(?:index|registry|mirror)\.\w+\.\w+|file:///")
+    places = re.compile(r"(?<![\w.])/(work|opt|home|root)/\w|//(?:index|registry|mirror|proxy)[.\w-]*\.\w|file:///")
     found = []
     for path in files_of_the_tree():
         if path.suffix in TRACKED_SUFFIXES and path != Path(__file__).resolve():

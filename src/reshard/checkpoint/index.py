@@ -99,7 +99,7 @@ def checked(found: Any, directory: Path) -> Index:
         for name, entry in described.items():
             if type(name) is not str:
                 raise TypeError("a name that is not text")
-            if hasattr(entry, "chunks"):
+            if hasattr(entry, "chunks") or type(entry).__name__ == "TensorStorageMetadata":
                 tensors[name] = _tensor(name, entry, storage)
     except (TypeError, ValueError, AttributeError, LookupError) as error:
         raise damaged(str(error) or type(error).__name__) from None

@@ -95,10 +95,11 @@ def read_file(path: Path, most_bytes: int) -> bytes:
     """The bytes of a file, no more than most_bytes + 1 of them. Raises OSError; IsADirectoryError for all that is no file."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would make us wait
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, "not a file", str(path))
         with open(fd, "rb", closefd=False) as file:
-            return file.read(most_bytes + 1)
+            return file.read(min(status.st_size, most_bytes) + 1)  # as much memory as the file has bytes, not more
     finally:
         os.close(fd)
 
