@@ -175,6 +175,23 @@ def evaluate(
 
 
 @cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor with shape, dtype and bytes.")
+@_JSON
+def inspect(path: Path, tensors: bool, as_json: bool) -> None:
+    """What is in it? A checkpoint, or a folder of them: where it comes from, who wrote it, what it holds."""
+    from reshard.commands.inspect import run, text
+
+    report = run(path)
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    click.echo("\n".join(text(report)))
+    for name, tensor in report.get("tensors", {}).items() if tensors else ():
+        click.echo(f"{name:60} {tensor['dtype']:9} {tensor['shape']!s:18} {tensor['bytes']:>14,}")
+
+
+@cli.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--level",

@@ -1,6 +1,7 @@
 """What did torchtitan call it? The early-2025 spellings that a config may still use. Imports nothing.
 
-Four tables: other names for our keys, other spellings of their values, keys that are accepted without effect, keys that are refused with a reason.
+Four tables: other names for our keys, other spellings of their values, keys that are accepted without effect, keys that
+are refused with a reason.
 Source: torchtitan's config_manager.py and train_configs/, December 2024 to June 2025, and the specification.
 """
 

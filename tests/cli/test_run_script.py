@@ -83,8 +83,6 @@ def test_more_than_one_process_makes_no_seed(shell: Any, tmp_path: Path) -> None
          "3 ranks do not divide by the fixed degrees (dp_replicate 1 x dp_shard -1 x cp 1 x tp 2 x pp 1): 3 / 2"),
         ("4", "--training.data_parallel_shard_degree 2",
          "the degrees multiply to 2, but 4 rank(s) were started (dp_replicate 1 x dp_shard 2 x cp 1 x tp 1 x pp 1)"),
-        ("3", "--training.global_batch_size 8",
-         "a global batch of 8 sequences does not divide into micro-steps of 3 data-parallel rank(s) x batch_size 4"),
         ("2", "--training.stepz 3", "config key `training.stepz` in the command line is not known"),
         ("4", "--experimental.pipeline_parallel_degree 3",
          "4 ranks do not divide by the fixed degrees (dp_replicate 1 x dp_shard -1 x cp 1 x tp 1 x pp 3): 4 / 3"),

@@ -21,16 +21,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 PROJECT = Path(__file__).parents[2]
 
-# Layouts of the matrix: world size, replicate, shard, tensor-parallel degree.
-LAYOUTS: dict[str, tuple[int, int, int, int]] = {
-    "1": (1, 1, 1, 1),
-    "fsdp2": (2, 1, 2, 1),
-    "fsdp4": (4, 1, 4, 1),
-    "hsdp2x2": (4, 2, 2, 1),
-    "rep2": (2, 2, 1, 1),
-    "tp2": (2, 1, 1, 2),
-    "fsdp2xtp2": (4, 1, 2, 2),
+# Degrees of a layout, by its name; those that are not given are 1.
+LAYOUTS: dict[str, dict[str, int]] = {
+    "1": {},
+    "fsdp2": {"data_parallel_shard_degree": 2},
+    "fsdp4": {"data_parallel_shard_degree": 4},
+    "hsdp2x2": {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2},
+    "rep2": {"data_parallel_replicate_degree": 2},
+    "tp2": {"tensor_parallel_degree": 2},
+    "fsdp2xtp2": {"data_parallel_shard_degree": 2, "tensor_parallel_degree": 2},
 }
+DEGREES = (
+    "data_parallel_replicate_degree", "data_parallel_shard_degree", "tensor_parallel_degree",
+    "context_parallel_degree", "pipeline_parallel_degree",
+)  # fmt: skip
 
 TINY = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 128, "vocab_size": 512}
 SEQ_LEN, GLOBAL_BATCH = 32, 8
@@ -125,9 +129,7 @@ class Launcher:
 
 
 def _world_size(config: Sections) -> int:
-    degrees = config.get("parallelism", {})
-    names = ("data_parallel_replicate_degree", "data_parallel_shard_degree", "tensor_parallel_degree")
-    return math.prod(degrees.get(name, 1) for name in names)
+    return math.prod(config.get("parallelism", {}).get(name, 1) for name in DEGREES)
 
 
 def _free_port() -> int:
@@ -164,7 +166,6 @@ def tiny(shared: Path) -> Tiny:
     """A config of the tiny model on real text: tiny(folder, "fsdp2", training={"steps": 4})."""
 
     def make(folder: Path, layout: str = "1", **sections: dict[str, Any]) -> Sections:
-        _world, rep, shard, tp = LAYOUTS[layout]
         config: Sections = {
             "job": {"dump_folder": str(folder)},
             "model": dict(TINY),
@@ -173,9 +174,7 @@ def tiny(shared: Path) -> Tiny:
                 "dataset": str(shared / "text.txt"), "cache_folder": str(shared / "tokens"), "seq_len": SEQ_LEN,
                 "batch_size": 2, "global_batch_size": GLOBAL_BATCH, "steps": 4, "warmup_steps": 2,
             },
-            "parallelism": {
-                "data_parallel_replicate_degree": rep, "data_parallel_shard_degree": shard, "tensor_parallel_degree": tp,
-            },
+            "parallelism": dict.fromkeys(DEGREES, 1) | LAYOUTS[layout],
             "checkpoint": {"enable_checkpoint": True, "interval": 1000},
             "activation_checkpoint": {"mode": "none"},
             "comm": {"init_timeout_seconds": 60, "train_timeout_seconds": 60},

@@ -70,7 +70,7 @@ class Watch:
             self.attentions += 1
         if isinstance(module, Llama):
             self._model = module
-            if sequences and module.training:
+            if sequences and module.training and not inputs[0].is_floating_point():
                 self.fed.append([hashlib.blake2b(row.numpy().tobytes(), digest_size=8).hexdigest() for row in inputs[0]])
 
     def _see_step(self, optimizer: Any, *, first: bool) -> None:

@@ -437,14 +437,6 @@ def test_the_global_batch_is_the_checkpoints(launch: Any, config: Any, run: Path
     assert int(plain(run / "checkpoint/step-6")["train_state.next_sequence"]) == 5 * 8 + 12
 
 
-def test_a_global_batch_that_the_new_layout_cannot_share_is_refused(launch: Any, config: Any, run: Path) -> None:
-    before = tree(run)
-    asked = config(run, "fsdp2", training={"steps": 8, "batch_size": 8, "global_batch_size": -1})
-    error = refused(launch, asked, "LayoutError")
-    assert "8 sequences" in error["message"]
-    assert tree(run) == before
-
-
 def test_a_folder_with_torn_steps_only_is_an_error_and_is_left_alone(launch: Any, config: Any, run: Path) -> None:
     for manifest in (run / "checkpoint").glob("step-*/manifest.json"):
         manifest.unlink()

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from reshard.checkpoint.blocks import naming, write_durably
-from reshard.checkpoint.layout import all_leftovers, leftovers
+from reshard.checkpoint.layout import all_leftovers, leftovers, read_step
 from reshard.checkpoint.manifest import MANIFEST, Manifest, manifest_bytes, read_manifest
 from reshard.errors import CheckpointError, StorageError
 
@@ -80,7 +80,7 @@ def _remove(path: Path) -> None:
 def _set_aside_if_not_ours(directory: Path) -> None:
     """Something torn or foreign has our name: move it aside, it is not ours to delete."""
     try:
-        read_manifest(directory)
+        read_step(directory)
     except StorageError:
         raise  # it may be a good one: a disk that fails says nothing about it
     except CheckpointError as error:

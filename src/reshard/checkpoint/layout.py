@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reshard.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from reshard.errors import CheckpointError, StorageError
+from reshard.errors import CheckpointError, NotACheckpoint, StorageError
 
 METADATA = ".metadata"
 _STEP = re.compile(r"^step-([0-9]+)\Z")  # not `$`, which also matches before a newline
@@ -68,12 +68,27 @@ def entries(folder: Path) -> list[Entry]:
         if step is None or not path.is_dir():
             continue
         try:
-            found.append(Entry(path, step, read_manifest(path)))
+            found.append(Entry(path, step, read_step(path)))
         except StorageError:
             raise
         except CheckpointError as error:
             found.append(Entry(path, step, None, error))
     return sorted(found, key=lambda e: (e.manifest.sequence if e.manifest else -1, e.step))
+
+
+def read_step(directory: Path) -> Manifest:
+    """The manifest of a step-N directory, which must be that of step N. Raises as read_manifest.
+
+    step-0 may hold any step: a run begins with its weights.
+    """
+    manifest, step = read_manifest(directory), step_of(directory)
+    if step and manifest.step != step:
+        raise NotACheckpoint(
+            f"`{directory}` holds step {manifest.step}: it was renamed or copied",
+            path=directory,
+            hint=f"give it its name back: mv {directory} {step_directory(directory.parent, manifest.step)}",
+        )
+    return manifest
 
 
 def leftovers(directory: Path) -> list[Path]:

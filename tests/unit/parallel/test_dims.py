@@ -9,7 +9,7 @@ import pytest
 from reshard.config import Config
 from reshard.errors import LayoutError
 from reshard.model.spec import FLAVORS
-from reshard.parallel.dims import AXES, Layout, check_batch, check_fit, resolve_layout
+from reshard.parallel.dims import Layout, check_fit, plan_batches, resolve_layout
 
 DEBUG = FLAVORS["debugmodel"]
 
@@ -42,7 +42,7 @@ def test_degrees_become_a_layout(world: int, rep: int, shard: int, tp: int, expe
     assert layout == expected
     assert layout.world_size == world
     assert layout.dp * layout.tp == world
-    assert set(layout.to_dict()) == set(AXES)
+    assert set(layout.to_dict()) == {"dp_replicate", "dp_shard", "cp", "tp", "pp"}
 
 
 @pytest.mark.parametrize(
@@ -62,12 +62,6 @@ def test_degrees_that_do_not_fit_the_ranks(
         resolve_layout(config(rep, shard, tp), world)
     assert all(number in caught.value.message for number in numbers)
     assert hint is None or hint in (caught.value.hint or "")
-
-
-@pytest.mark.parametrize("name", ["pipeline_parallel_degree", "context_parallel_degree"])
-def test_what_is_not_there_yet_says_so(name: str) -> None:
-    with pytest.raises(LayoutError, match="not yet available"):
-        resolve_layout(Config().with_values(parallelism={name: 2}), 2)
 
 
 def test_async_tensor_parallel_says_not_yet() -> None:
@@ -97,35 +91,33 @@ def test_a_model_that_divides_is_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "batch_size", "global_batch", "micro_steps"),
+    ("layout", "batch_size", "global_batch", "share", "count", "size"),
     [
-        (Layout(), 2, 8, 4),
-        (Layout(dp_shard=2), 2, 8, 2),
-        (Layout(dp_shard=4), 2, 8, 1),
-        (Layout(dp_replicate=2, dp_shard=2), 1, 8, 2),
-        (Layout(tp=2), 8, 8, 1),
-        (Layout(dp_shard=3), 2, 12, 2),
+        (Layout(), 2, 8, 8, 4, 2),
+        (Layout(dp_shard=2), 2, 8, 4, 2, 2),
+        (Layout(dp_shard=4), 2, 8, 2, 1, 2),
+        (Layout(dp_replicate=2, dp_shard=2), 1, 8, 2, 2, 1),
+        (Layout(tp=2), 8, 8, 8, 1, 8),
+        (Layout(tp=2, cp=2), 4, 8, 8, 2, 4),
+        (Layout(dp_shard=3), 1, 8, 3, 3, 1),  # one rank has a row of padding
+        (Layout(dp_shard=2), 3, 8, 4, 2, 3),  # and here every rank has two
+        (Layout(), 16, 8, 8, 1, 8),
+        (Layout(dp_shard=4), 8, 6, 2, 1, 2),
     ],
 )
-def test_micro_steps_of_a_global_batch(layout: Layout, batch_size: int, global_batch: int, micro_steps: int) -> None:
-    assert check_batch(layout, config(batch_size=batch_size), global_batch) == micro_steps
+def test_every_rank_runs_equally_many_equal_micro_batches(
+    layout: Layout, batch_size: int, global_batch: int, share: int, count: int, size: int
+) -> None:
+    batches = plan_batches(layout, config(batch_size=batch_size), global_batch)
+    assert (batches.share, batches.count, batches.size) == (share, count, size)
+    assert batches.rows >= batches.share
+    assert batches.share * layout.dp >= global_batch
+    assert batches.size <= batch_size
 
 
-@pytest.mark.parametrize(
-    ("layout", "batch_size", "global_batch", "hint"),
-    [
-        (Layout(dp_shard=3), 1, 8, "3 data-parallel ranks must divide 8"),
-        (Layout(dp_shard=2), 3, 8, "--training.batch_size 1 or 2 or 4"),
-        (Layout(), 16, 8, "--training.batch_size"),
-        (Layout(), 1, 0, ""),
-    ],
-)
-def test_a_global_batch_that_does_not_divide(layout: Layout, batch_size: int, global_batch: int, hint: str) -> None:
-    with pytest.raises(LayoutError) as caught:
-        check_batch(layout, config(batch_size=batch_size), global_batch)
-    assert str(global_batch) in caught.value.message
-    assert str(batch_size) in caught.value.message
-    assert hint in (caught.value.hint or "")
+def test_a_global_batch_of_nothing_is_refused() -> None:
+    with pytest.raises(LayoutError, match="0 sequences"):
+        plan_batches(Layout(), config(batch_size=1), 0)
 
 
 @pytest.mark.parametrize(

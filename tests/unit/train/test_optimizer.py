@@ -206,7 +206,7 @@ def test_clipping_is_by_the_norm_of_all_and_returns_what_it_was() -> None:
     params = with_gradients(parameters())
     before = {n: p.grad.clone() for n, p in params.items() if p.grad is not None}
     norm = norm_of(params)
-    assert clip_gradients(params.values(), 0.5).item() == pytest.approx(norm)
+    assert clip_gradients(params, 0.5).item() == pytest.approx(norm)
     assert norm_of(params) == pytest.approx(0.5, rel=1e-4)
     for n, p in params.items():
         torch.testing.assert_close(p.grad, before[n] * (0.5 / norm), rtol=1e-4, atol=0)
@@ -214,11 +214,11 @@ def test_clipping_is_by_the_norm_of_all_and_returns_what_it_was() -> None:
 
 def test_what_is_short_enough_is_left_alone() -> None:
     params = with_gradients(parameters(), value=1e-3)
-    clip_gradients(params.values(), 1.0)
+    clip_gradients(params, 1.0)
     assert all(bool((p.grad == 1e-3).all()) for p in params.values() if p.grad is not None)
 
 
 def test_max_norm_0_only_measures() -> None:
     params = with_gradients(parameters(), value=5.0)
-    assert clip_gradients(params.values(), 0.0).item() == pytest.approx(norm_of(params))
+    assert clip_gradients(params, 0.0).item() == pytest.approx(norm_of(params))
     assert all(bool((p.grad == 5.0).all()) for p in params.values() if p.grad is not None)
