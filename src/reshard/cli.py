@@ -49,8 +49,9 @@ def train(arguments: Sequence[str]) -> None:
         _seed(config)
         return
     from reshard.commands.check import check
-    from reshard.parallel.world import place_from_environment
+    from reshard.parallel.world import end_with_agent, place_from_environment
 
+    end_with_agent()
     place = place_from_environment()
     _show_rank(place.rank, place.world_size)
     check(config, place.world_size)
@@ -127,6 +128,27 @@ def plan(arguments: Sequence[str], world_size: int, as_json: bool) -> None:
 
     report = run(_config(arguments), world_size)
     click.echo(json.dumps(report) if as_json else "\n".join(table(report)))
+
+
+@cli.command(context_settings=_KEYS)
+@_ARGUMENTS
+@click.option(
+    "--layouts", required=True,
+    help='E.g. "fsdp4;tp2;pp2:ZBVZeroBubble.fsdp2": rep, fsdp, cp, tp and pp with their degrees.',
+)  # fmt: skip
+@click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Optimizer steps of each.")
+@_JSON
+def parity(arguments: Sequence[str], layouts: str, steps: int, as_json: bool) -> None:
+    """Does every layout compute what one process computes? A few float64 steps of each. Exit 0 yes, 1 no, 2 cannot tell."""
+    from reshard.commands.parity import exit_code, parse_layouts, run, table
+
+    rows = run(_config(arguments), parse_layouts(layouts), steps=steps)
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(asdict(row)))
+    else:
+        click.echo(table(rows))
+    sys.exit(exit_code(rows))
 
 
 @cli.command("eval")

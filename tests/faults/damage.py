@@ -161,7 +161,11 @@ def _names(good: Bytes, old: Bytes) -> Iterator[Fault]:
         pair = {x + s: good[y + s] for x, y in ((a, b), (b, a)) for s in ("", ".crc") if y + s in good}
         yield Fault("swapped files", f"{a} and {b} with their sidecars", pair)
     together = [{n: old[n] for n in names if n != kept and n in old} for kept in ("manifest.json", ".metadata")]
-    for change in (*together, {n: old[n] for n in names if n.startswith("__")}, {n: old[n] for n in names if n in data}):
+    for change in (
+        *together,
+        {n: old[n] for n in names if n.startswith("__")},
+        {n: old[n] for n in names if n in data},
+    ):
         yield Fault("stale file", f"{len(change)} files of another save", change)
     for name in names:
         yield Fault("extra file", f"a copy of {name}", {name + ".copy": good[name]})

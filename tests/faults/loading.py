@@ -39,7 +39,11 @@ class Destination:
         """For everything that an undamaged directory holds, as plain torch reads its index."""
         described = dcp.FileSystemReader(str(directory)).read_metadata().state_dict_metadata
         return cls(
-            {n: (tuple(t.size), t.properties.dtype) for n, t in described.items() if isinstance(t, TensorStorageMetadata)}
+            {
+                n: (tuple(t.size), t.properties.dtype)
+                for n, t in described.items()
+                if isinstance(t, TensorStorageMetadata)
+            }
         )
 
     def poison(self) -> None:

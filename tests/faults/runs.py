@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -54,10 +55,8 @@ class Run:
     def kill_rank(self, rank: int, *, timeout_s: float = 60) -> Ended:
         """SIGKILL for one rank; the others are left to notice."""
         pids = json.loads((self.place / "pids.json").read_text())
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pids[str(rank)], signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         return self.wait(timeout_s)
 
     def wait(self, timeout_s: float = 240) -> Ended:
@@ -116,7 +115,8 @@ class Runs:
             self._place.mkdir(parents=True, exist_ok=True)
             self._zygote = subprocess.Popen(
                 [*self._prefix, sys.executable, str(Path(__file__).with_name("zygote.py"))],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(self._place / "stderr", "w"), text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                stderr=open(self._place / "stderr", "w"),  # noqa: SIM115  the child has it open, too
                 env={key: value for key, value in os.environ.items() if key not in _HIDDEN},
             )  # fmt: skip
         assert self._zygote.stdin is not None
@@ -130,7 +130,9 @@ class Runs:
     def __enter__(self) -> Runs:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._zygote is not None:
             assert self._zygote.stdin is not None
             self._zygote.stdin.close()
@@ -168,19 +170,18 @@ TINIER = (
 )  # fmt: skip
 
 
-def train_words(folder: Path, text: Path, *more: str, model: Sequence[str] = TINY, **options: Any) -> list[str]:
-    """`reshard train` of a model of 50,000 parameters on a text: train_words(folder, text, steps=3, interval=1).
+def train_words(place: Path, text: Path, *more: str, model: Sequence[str] = TINY, **options: Any) -> list[str]:
+    """`reshard train` of a model of 50,000 parameters on a text: train_words(where, text, steps=3, interval=1).
 
-    steps, batch_size...: of [training]; interval, folder...: of [checkpoint], by the names below.
+    options: keys of [checkpoint] and [training], and lr.
     """
-    sections = {"interval": "checkpoint", "keep_latest_k": "checkpoint", "load_step": "checkpoint", "lr": "optimizer",
-                "initial_load_path": "checkpoint", "async_mode": "checkpoint", "checkpoint_folder": "checkpoint",
-                "dtype": "training", "steps": "training", "stop_after": "training", "global_batch_size": "training"}  # fmt: skip
+    of_checkpoint = ("interval", "keep_latest_k", "load_step", "initial_load_path", "async_mode", "folder")
+    sections = {"lr": "optimizer"} | dict.fromkeys(of_checkpoint, "checkpoint")
     words = ["train", str(PROJECT / "train_configs" / "debug_model.toml"), *model]
-    words += ["--job.dump_folder", str(folder), "--training.dataset", str(text)]
+    words += ["--job.dump_folder", str(place), "--training.dataset", str(text)]
     words += ["--training.cache_folder", str(text.parent / "tokens")]
     for name, value in options.items():
-        words += [f"--{sections[name]}.{name.removeprefix('checkpoint_')}", str(value)]
+        words += [f"--{sections.get(name, 'training')}.{name}", str(value)]
     return [*words, *more]
 
 

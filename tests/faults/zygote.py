@@ -23,6 +23,8 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+import contextlib
+
 import torch.distributed.checkpoint
 import torch.distributed.fsdp  # noqa: F401
 
@@ -106,10 +108,8 @@ def answer(request: dict[str, Any]) -> Any:
                 pass
             return pid
         case "kill":  # a whole run: the leader and all of its ranks
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(request["run"], signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             return reap(request["run"], None)
         case "wait":
             return reap(request["run"], time.monotonic() + request["timeout_s"])

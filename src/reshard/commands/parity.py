@@ -17,13 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import click
-
 from reshard.commands.check import check
 from reshard.config import Config, Parallelism, config_to_toml
 from reshard.errors import LayoutError, TrainingError, nearest
 from reshard.parallel.dims import Layout
-from reshard.parallel.world import die_with, parent
+from reshard.parallel.world import end_with_parent
 from reshard.progress import progress_bar
 
 TOLERANCE = 1e-11
@@ -115,7 +113,12 @@ def parse_layout(name: str) -> Wanted:
 
 
 def rows(
-    config: Config, layouts: Sequence[Wanted], run_all: Callable[[list[Config]], list[str | None]], *, steps: int, folder: Path
+    config: Config,
+    layouts: Sequence[Wanted],
+    run_all: Callable[[list[Config]], list[str | None]],
+    *,
+    steps: int,
+    folder: Path,
 ) -> list[Row]:
     """Train each layout and compare it with one process; one row for each, in the order asked for.
 
@@ -225,7 +228,7 @@ def train_on_ranks(config: Config) -> str | None:
     with open(log, "wb") as output:
         started = subprocess.Popen(
             [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            env={**environment, "OMP_NUM_THREADS": "1"}, preexec_fn=die_with(parent()),  # noqa: PLW1509  no threads here
+            env={**environment, "OMP_NUM_THREADS": "1"}, preexec_fn=end_with_parent,  # noqa: PLW1509  no threads here
         )  # fmt: skip
         try:
             code = started.wait()

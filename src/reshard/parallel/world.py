@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +18,9 @@ from reshard.errors import LayoutError
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
+
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,27 @@ def place_from_environment() -> Place:
     if not 0 <= place.rank < place.world_size:
         raise LayoutError(f"RANK is {place.rank}, expected 0 to {place.world_size - 1}")
     return place
+
+
+def end_with_agent() -> None:
+    """Under torchrun: this rank ends when its agent does, also where the agent was killed. To be called first of all.
+
+    torchrun starts its workers in sessions of their own, and ends them itself. Killed by SIGKILL it cannot: the ranks
+    would train on with nobody to watch them, holding the devices and the lock of the checkpoint folder against the
+    restarted job.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """From now on, SIGKILL for this process when its parent ends. Linux only; elsewhere nothing happens.
+
+    SIGKILL, because SIGTERM asks for a checkpoint at the end of the step, which ranks that wait for a dead one never
+    reach. Nothing is lost by it: a killed save leaves the last checkpoint whole. Lasts over exec, not over fork.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def device_type() -> str:

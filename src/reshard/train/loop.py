@@ -132,7 +132,8 @@ def _train(
     # -- what the steps need -------------------------------------------------------------------------------------
     text = TrainingText(data.train, t.seq_len, state.rng_seed)
     validation = held_out(data.validation, t.seq_len, config.validation.sequences) if config.validation.freq else None
-    groups = {axis: mesh[axis].get_group() for axis in ("dp_replicate", "fsdp", "pp")} if mesh is not None else {}
+    axes = ("dp_replicate", "fsdp", "pp") if mesh is not None else ()
+    groups = {axis: mesh[axis].get_group() for axis in axes if mesh is not None and mesh[axis].size() > 1}
     passes = Passes(
         parts=models,
         batches=batches,
@@ -195,7 +196,7 @@ def _train(
         )
 
     # -- the steps -----------------------------------------------------------------------------------------------
-    directory, loss_value, last_save = None, None, time.monotonic()
+    directory, loss_value, last_save, first_step = None, None, time.monotonic(), state.step + 1
     background = Ranks(world.background) if config.checkpoint.async_mode != "disabled" else None
     limit = config.checkpoint.async_write_limit_mb_s * 1e6
     report.start_clock()
@@ -257,7 +258,7 @@ def _train(
                 logger.info("%s: stopping after step %d, %s", signal.Signals(stop).name, step, where)
                 report.event("stop", step=step, signal=signal.Signals(stop).name)
                 break
-            if step == 1:
+            if step == first_step:  # the first one may compile, and wait for slow starters
                 set_timeouts(config.comm, list(groups.values()))
             report.start_clock()  # saves and validations are not part of the next step's time
     report.event("end", step=state.step, loss=loss_value)
