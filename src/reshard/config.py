@@ -185,6 +185,8 @@ class Parallelism(Section):
     """Of Interleaved1F1B."""
     context_parallel_degree: int = Field(1, gt=0)
     """Ranks that share each sequence."""
+    context_parallel_method: Literal["auto", "gather", "ring"] = "auto"
+    """Gather all keys and values, or pass them round one rank at a time; auto takes ring for half precision on CUDA."""
 
 
 class Checkpoint(Section):

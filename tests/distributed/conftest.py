@@ -68,6 +68,23 @@ class Launcher:
         self._place, self._count = place, 0
         self._zygote: subprocess.Popen[str] | None = None
 
+    def shared(self, make: Callable[[Any], dict[Any, Any]]) -> Callable[[Any, Any], Any]:
+        """get(group, key): what `make(group)` has under key; made when first asked for, once, also where it fails."""
+        made: dict[Any, dict[Any, Any] | Exception] = {}
+
+        def get(group: Any, key: Any) -> Any:
+            if group not in made:
+                try:
+                    made[group] = make(group)
+                except Exception as error:
+                    made[group] = error
+            found = made[group]
+            if isinstance(found, Exception):
+                raise found
+            return found[key]
+
+        return get
+
     def __call__(self, config: Sections, **options: Any) -> list[Rank]:
         """Run one config on new ranks, as many as its degrees need. Results in rank order; options as in `each`."""
         return self.each([config], **options)[0]

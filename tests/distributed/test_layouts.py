@@ -119,21 +119,19 @@ def seeds(launch: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> d
 def runs(launch: Any, tiny: Any, seeds: dict[str, Path], copied: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(layout, title) -> folder and ranks of its run; a layout's runs share one launch, made when first asked for."""
     folder = tmp_path_factory.mktemp("runs")
-    done: dict[tuple[str, str], tuple[Path, list[Any]]] = {}
 
-    def run(layout: str, title: str) -> tuple[Path, list[Any]]:
-        if (layout, title) not in done:
-            configs = []
-            for name, changes in VARIANTS[layout].items():
-                place = folder / layout / name
-                config = tiny(place, layout, **both({"training": {"dtype": "float64", "steps": STEPS}}, changes))
-                copied(seeds[model_of(name)], place / "checkpoint" / "step-0")
-                configs.append(config)
-            for name, ranks in zip(VARIANTS[layout], launch.each(configs), strict=True):
-                done[layout, name] = folder / layout / name, ranks
-        return done[layout, title]
+    def make(layout: str) -> dict[str, tuple[Path, list[Any]]]:
+        configs = []
+        for name, changes in VARIANTS[layout].items():
+            place = folder / layout / name
+            configs.append(tiny(place, layout, **both({"training": {"dtype": "float64", "steps": STEPS}}, changes)))
+            copied(seeds[model_of(name)], place / "checkpoint" / "step-0")
+        return {
+            name: (folder / layout / name, ranks)
+            for name, ranks in zip(VARIANTS[layout], launch.each(configs), strict=True)
+        }
 
-    return run
+    return launch.shared(make)
 
 
 @pytest.mark.parametrize(("layout", "title"), CASES)

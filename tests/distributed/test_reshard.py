@@ -44,21 +44,18 @@ def loaded(
 ) -> Any:
     """(model, source, target) -> folder and ranks of a run that took the source's checkpoint one step further."""
     folder = tmp_path_factory.mktemp("loaded")
-    done: dict[tuple[str, str, str], tuple[Path, list[Any]]] = {}
 
-    def load(model: str, source: str, target: str) -> tuple[Path, list[Any]]:
-        if (model, source, target) not in done:
-            cases = [(m, s) for m in MODELS for s in LAYOUTS]
-            configs = []
-            for m, s in cases:
-                place = folder / m / f"{s}-to-{target}"
-                copied(sources[m, s][0] / "checkpoint", place / "checkpoint")
-                configs.append(config_of(tiny, place, target, m, SAVED + 1))
-            for (m, s), ranks in zip(cases, launch.each(configs, sequences=True, tensors=True), strict=True):
-                done[m, s, target] = folder / m / f"{s}-to-{target}", ranks
-        return done[model, source, target]
+    def make(target: str) -> dict[tuple[str, str], tuple[Path, list[Any]]]:
+        places = {(m, s): folder / m / f"{s}-to-{target}" for m in MODELS for s in LAYOUTS}
+        configs = []
+        for (model, source), place in places.items():
+            copied(sources[model, source][0] / "checkpoint", place / "checkpoint")
+            configs.append(config_of(tiny, place, target, model, SAVED + 1))
+        results = launch.each(configs, sequences=True, tensors=True)
+        return {case: (place, ranks) for (case, place), ranks in zip(places.items(), results, strict=True)}
 
-    return load
+    get = launch.shared(make)
+    return lambda model, source, target: get(target, (model, source))
 
 
 PAIRS = [pytest.param(m, a, b, id=f"{m}-{a}-to-{b}") for m in MODELS for b in LAYOUTS for a in LAYOUTS]

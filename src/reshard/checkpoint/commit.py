@@ -26,7 +26,8 @@ _RENAME_EXCHANGE = 2
 
 def temporary_directory(directory: Path, save_id: str) -> Path:
     """Make the place that a save of `directory` writes into. Raises OSError."""
-    make_folder(directory.parent)
+    if not directory.parent.exists():
+        make_folder(directory.parent)
     temporary = directory.with_name(f"{directory.name}.tmp-{save_id}")
     temporary.mkdir()
     return temporary
@@ -34,10 +35,12 @@ def temporary_directory(directory: Path, save_id: str) -> Path:
 
 def make_folder(folder: Path) -> None:
     """Make a folder whose own name, and its parents', outlive a power failure. Raises OSError."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for path in missing:
-        fsync_directory(path.parent)
+    for parent in folder.absolute().parents:
+        try:
+            fsync_directory(parent)  # also where it was there before: nobody may have cared yet
+        except OSError:
+            break  # not ours to open, and then not made by us
 
 
 def commit(temporary: Path, directory: Path, manifest: Manifest) -> None:

@@ -54,10 +54,15 @@ class LazyTensor(Protocol):
         """Of the whole tensor."""
         ...
 
-    def read(self, start_row: int = 0, stop_row: int | None = None, ledger: Ledger | None = None) -> torch.Tensor:
-        """Rows [start_row, stop_row) of dim 0, on the CPU, contiguous, owned by the caller.
+    @property
+    def grain(self) -> int:
+        """Rows that are made from the same rows of the file: readers who go by multiples of it read nothing twice."""
+        ...
 
-        A tensor of no dimensions has one row, and is read whole. The ledger, where given, learns what was read.
+    def fill(self, buffer: NDArray[np.uint8], start: int, stop: int, ledger: Ledger | None = None) -> None:
+        """Write rows [start, stop) of dim 0 into a flat buffer of exactly their bytes, in the machine's byte order.
+
+        A tensor of no dimensions has one row. The ledger, where given, learns what was read.
         """
         ...
 
@@ -69,12 +74,16 @@ class Source:
     spec: None where the format does not say enough (a bare .pt names no heads and no RoPE).
     tensors: canonical name -> tensor. A tied model may have `output.weight` or not.
     provenance: for the manifest, plain JSON values.
+    assets: tokenizer and other small files that belong to the model: name -> the file, or its content.
+    about: what others want to be told beside the arithmetic: context_length, bos_token_id, eos_token_id.
     """
 
     path: Path
     spec: LlamaSpec | None
     tensors: Mapping[str, LazyTensor]
     provenance: dict[str, Any]
+    assets: Mapping[str, Path | bytes] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,11 @@ class Region:
     nbytes: int
     crc32: int | None = None
 
-    def read_into(self, buffer: NDArray[np.uint8], start: int) -> None:
-        """Fill the buffer from byte `start` of the region. Raises FormatError where the file is gone or ends early."""
+    def read_into(self, buffer: NDArray[np.uint8], start: int, *, drop: bool = False) -> None:
+        """Fill the buffer from byte `start` of the region. Raises FormatError where the file is gone or ends early.
+
+        drop: the system need not keep these bytes in its cache.
+        """
         view = buffer.data
         if start < 0 or start + len(view) > self.nbytes:
             raise IndexError(f"bytes {start} to {start + len(view)} of a region of {self.nbytes}")
@@ -96,6 +108,8 @@ class Region:
             with self.file.open("rb", buffering=0) as stream:
                 while view and (count := os.preadv(stream.fileno(), [view], position)):  # at most 2 GiB a call
                     view, position = view[count:], position + count
+                if drop:
+                    os.posix_fadvise(stream.fileno(), position - len(buffer), len(buffer), os.POSIX_FADV_DONTNEED)
         except OSError as e:
             raise FormatError(
                 f"{self.file} cannot be read at byte {position:,}: {e.strerror}", path=self.file
@@ -139,18 +153,21 @@ class Ledger:
     """Which source bytes were read, and what was their CRC32? Checks sources on the way, without a second reading.
 
     Threads may share one. Ranges may come in any order and twice; `check` reads what nobody has asked for.
+    drops: what was read is not to stay in the system's cache. bytes: read so far, by everybody.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, drops: bool = False) -> None:
+        self.drops, self.bytes = drops, 0
         self._ranges: dict[Region, dict[tuple[int, int], int]] = {}
         self._lock = threading.Lock()
 
     def note(self, region: Region, start: int, buffer: NDArray[np.uint8]) -> None:
         """The bytes of `buffer` were just read from byte `start` of the region."""
-        if region.crc32 is None:
-            return
-        crc = isal_zlib.crc32(buffer)
+        crc = isal_zlib.crc32(buffer) if region.crc32 is not None else 0
         with self._lock:
+            self.bytes += len(buffer)
+            if region.crc32 is None:
+                return
             self._ranges.setdefault(region, {})[start, start + len(buffer)] = crc
 
     def check(self) -> None:
@@ -214,16 +231,15 @@ class StoredTensor:
         """Are the two names of the same bytes in the same files?"""
         return (self.shape, self.dtype, self.blocks) == (other.shape, other.dtype, other.blocks)
 
-    def read(self, start_row: int = 0, stop_row: int | None = None, ledger: Ledger | None = None) -> torch.Tensor:
-        """See LazyTensor. Raises FormatError where a file is shorter than it was, IndexError for rows out of range."""
-        import torch
+    @property
+    def grain(self) -> int:
+        """Every row stands alone."""
+        return 1
 
+    def read(self, start_row: int = 0, stop_row: int | None = None, ledger: Ledger | None = None) -> torch.Tensor:
+        """See `read_rows`. Raises FormatError where a file is shorter than it was, IndexError for rows out of range."""
         start, stop = self._range(start_row, stop_row)
-        flat = torch.empty((stop - start) * self.row_bytes, dtype=torch.uint8)  # torch's own memory: aligned
-        if flat.numel():
-            self.fill(flat.numpy(), start, stop, ledger)
-        shape = (stop - start, *self.shape[1:]) if self.shape else ()
-        return flat.view(getattr(torch, self.dtype)).view(shape)
+        return read_rows(self, start, stop, ledger)
 
     def read_bytes(self, start_row: int = 0, stop_row: int | None = None) -> NDArray[np.uint8]:
         """The bytes of rows [start_row, stop_row), for those who only compare."""
@@ -244,7 +260,7 @@ class StoredTensor:
             # Rows of a column block are not neighbours in the target: they are read aside, then spread.
             part = target.reshape(-1) if whole_rows else np.empty(target.size, np.uint8)
             at = block.offset + (first - block.row) * block.width
-            block.region.read_into(part, at)
+            block.region.read_into(part, at, drop=ledger is not None and ledger.drops)
             if ledger is not None:
                 ledger.note(block.region, at, part)
             if not whole_rows:
@@ -257,17 +273,30 @@ class StoredTensor:
         return start, stop
 
 
-def slabs(shape: tuple[int, ...], item_bytes: int, most_bytes: int) -> Iterator[tuple[int, int]]:
-    """How is a tensor cut into runs of rows of at most `most_bytes`? At least one row each; (start, stop) in dim 0.
+def read_rows(tensor: LazyTensor, start: int, stop: int, ledger: Ledger | None = None) -> torch.Tensor:
+    """Rows [start, stop) of dim 0 as a torch tensor on the CPU, contiguous, owned by the caller."""
+    import torch
 
-    A tensor of no dimensions, or with no elements, is one slab.
+    dtype = getattr(torch, tensor.dtype)
+    shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
+    flat = torch.empty(prod(shape) * ITEM_BYTES[tensor.dtype], dtype=torch.uint8)  # torch's own memory: aligned
+    if flat.numel():
+        tensor.fill(flat.numpy(), start, stop, ledger)
+    return flat.view(dtype).view(shape)
+
+
+def slabs(shape: tuple[int, ...], item_bytes: int, most_bytes: int, grain: int = 1) -> Iterator[tuple[int, int]]:
+    """How is a tensor cut into runs of rows of at most `most_bytes`? (start, stop) in dim 0.
+
+    Each run has a multiple of `grain` rows, at least one, but for the last. A tensor of no dimensions, or with no
+    elements, is one slab.
     """
     rows = shape[0] if shape else 1
     row_bytes = prod(shape[1:]) * item_bytes
     if rows * row_bytes <= most_bytes:
         yield 0, rows
         return
-    step = max(1, most_bytes // row_bytes)
+    step = max(grain, most_bytes // row_bytes // grain * grain)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 

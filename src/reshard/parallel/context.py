@@ -1,9 +1,9 @@
 """How do ranks share a sequence? Each holds two pieces of it, one early and one late, and sees all keys and values.
 
 A causal model does more work for later positions. With 2 n pieces for n ranks, rank r takes piece r from the front and
-piece r from the back, so all ranks work equally. Attention gathers K and V of the whole sequence from all ranks; the
-gradient goes back by the transposed collective. Exact on every device. (Ring attention, which would not hold all of K and
-V at once, is not implemented.)
+piece r from the back, so all ranks work equally. Two ways to attend, both exact: gather K and V of the whole sequence,
+with the transposed collective for their gradients (any device and dtype); or pass them round in a ring (ring.py), which
+never holds more than one other rank's.
 
 Shape suffixes: B batch, S this rank's positions, T all positions, H query heads, K key/value heads, E head_dim.
 """
@@ -19,7 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from reshard.model.llama import Block, Llama
+from reshard.model.llama import Attend, Block, Llama
+from reshard.parallel.ring import RingAttention
 
 
 def positions_of(rank: int, ranks: int, seq_len: int) -> Tensor:
@@ -49,13 +50,21 @@ class GatheringAttention:
         )
 
 
-def apply_context_parallel(model: Llama, group: dist.ProcessGroup, seq_len: int) -> None:
-    """Replace the attention of all blocks. Call init_rope with positions_of this rank, and give it its tokens only."""
+def apply_context_parallel(
+    model: Llama, group: dist.ProcessGroup, seq_len: int, method: str, compute: torch.dtype
+) -> None:
+    """Replace the attention of all blocks. Call init_rope with positions_of this rank, and give it its tokens only.
+
+    method: gather, ring or auto. compute: dtype of the forward.
+    """
     ranks = group.size()
     everyone = torch.cat([positions_of(r, ranks, seq_len) for r in range(ranks)])
     mine = positions_of(group.rank(), ranks, seq_len)
     device = next(model.parameters()).device
-    attend = GatheringAttention(group, (mine[:, None] >= everyone[None, :]).to(device))
+    fused_on_cuda = device.type == "cuda" and compute in (torch.bfloat16, torch.float16)
+    attend: Attend = GatheringAttention(group, (mine[:, None] >= everyone[None, :]).to(device))
+    if method == "ring" or (method == "auto" and fused_on_cuda):
+        attend = RingAttention(group)
     for block in model.layers.values():
         cast(Block, block).attention.attend = attend
 

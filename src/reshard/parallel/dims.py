@@ -104,8 +104,11 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
             f"the degrees multiply to {shard * others}, but {world_size} rank(s) were started ({factors})",
             hint=f"start {shard * others} ranks, or give `--parallelism.data_parallel_shard_degree -1`",
         )
-    if p.enable_async_tensor_parallel:
-        raise LayoutError("parallelism.enable_async_tensor_parallel is not yet available, expected false")
+    if p.enable_async_tensor_parallel and not config.training.compile:
+        raise LayoutError(
+            "parallelism.enable_async_tensor_parallel needs training.compile: the compiler splits the products",
+            hint="add --training.compile, or leave it out",
+        )
     return Layout(
         dp_replicate=p.data_parallel_replicate_degree,
         dp_shard=shard,

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from reshard.config import ActivationCheckpoint, Config
-from reshard.errors import ConfigError
+from reshard.errors import ConfigError, LayoutError
 from reshard.model.llama import Block, Llama
 from reshard.parallel.dims import Layout
 
@@ -38,6 +38,8 @@ def shard_model(model: Llama, mesh: DeviceMesh | None, layout: Layout, config: C
     set_recompute(model, config.activation_checkpoint)
     if mesh is not None and layout.tp > 1:
         apply_tensor_parallel(model, mesh["tp"], loss_parallel=not config.parallelism.disable_loss_parallel)
+        if config.parallelism.enable_async_tensor_parallel:
+            overlap_tensor_parallel(mesh["tp"])
     if config.training.compile:
         for block in model.layers.values():
             block.compile()
@@ -159,3 +161,21 @@ def set_gradient_sync(model: nn.Module, on: bool) -> None:
     """Reduce gradients in the coming backward, or only add them up (all micro-steps but the last)."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(on)
+
+
+def overlap_tensor_parallel(mesh: DeviceMesh) -> None:
+    """Let the compiler overlap tensor-parallel communication with its products. (Not yet run on a GPU.)
+
+    Raises LayoutError where the device has no symmetric memory, which it works with.
+    """
+    if mesh.device_type != "cuda":
+        raise LayoutError(
+            f"parallelism.enable_async_tensor_parallel works on CUDA only, this is {mesh.device_type}",
+            hint="leave it out: the result is the same",
+        )
+    # Private names, there is no public switch; torch 2.13.0.
+    from torch._inductor import config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor._micro_pipeline_tp = True
+    enable_symm_mem_for_group(mesh.get_group().group_name)

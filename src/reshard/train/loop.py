@@ -283,7 +283,8 @@ def _part_of_model(
     model.to_empty(device=world.device)
     model.init_rope(positions_S)
     if world.sequence is not None:
-        apply_context_parallel(model, world.sequence, config.training.seq_len)
+        method = config.parallelism.context_parallel_method
+        apply_context_parallel(model, world.sequence, config.training.seq_len, method, compute)
     return model
 
 
