@@ -25,17 +25,24 @@ from reshard.errors import ReshardError  # noqa: E402
 @click.command()
 @click.argument("input_dir", type=click.Path(path_type=Path))
 @click.argument("output_dir", type=click.Path(path_type=Path))
-@click.option("--max_seq_len", type=int, help="Accepted without effect: the result trains at any sequence length.")
-def main(input_dir: Path, output_dir: Path, max_seq_len: int | None) -> None:
+@click.option("--max_seq_len", "--max-seq-len", type=int, help="Rows of freqs_cis; else accepted without effect.")
+@click.option(
+    "--with-freqs-cis",
+    is_flag=True,
+    help="Write what torchtitan loaded until July 2025: names under `model.`, and freqs_cis (131,072 rows, or "
+    "--max_seq_len: as many as the training has positions).",
+)
+def main(input_dir: Path, output_dir: Path, max_seq_len: int | None, with_freqs_cis: bool) -> None:
     """Convert Meta's params.json and consolidated.NN.pth in INPUT_DIR to a committed DCP checkpoint OUTPUT_DIR."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("reshard").setLevel(logging.INFO)
-    if max_seq_len is not None:
+    if max_seq_len is not None and not with_freqs_cis:
         logging.getLogger("reshard").info("--max_seq_len has no effect: the result trains at any sequence length")
-    from reshard.commands.convert import run
+    from reshard.commands.convert import import_meta
 
+    rows = (max_seq_len or 131072) if with_freqs_cis else None
     try:
-        click.echo(run(input_dir, output_dir))
+        click.echo(import_meta(input_dir, output_dir, freqs_cis_rows=rows))
     except ReshardError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

@@ -118,6 +118,42 @@ def config(arguments: Sequence[str], keys: bool, checking: bool, world_size: int
         click.echo(config_to_toml(resolved), nl=False)
 
 
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--prompt", default="", help="Text to continue; none: from the beginning of a document.")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Config that says model and tokenizer.")
+@click.option("--model", "flavor", help="Flavor of a bare .pt, e.g. debugmodel or 8B.")
+@click.option("--tokenizer", help="Tokenizer, as in model.tokenizer_path.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens to generate.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: always the likeliest."
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="Among so many only; 0: among all."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice, where temperature is above 0.")
+def generate(
+    path: Path,
+    prompt: str,
+    config_path: Path | None,
+    flavor: str | None,
+    tokenizer: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+) -> None:
+    """Continue a text with a checkpoint's model (a DCP directory or a .pt)."""
+    from reshard.commands.generate import run
+
+    click.echo(prompt, nl=False)
+    run(
+        path, prompt, config_path=config_path, flavor=flavor, tokenizer=tokenizer, max_tokens=max_tokens,
+        temperature=temperature, top_k=top_k, seed=seed, show=lambda text: click.echo(text, nl=False),
+    )  # fmt: skip
+    click.echo()
+
+
 @cli.command(context_settings=_KEYS)
 @_ARGUMENTS
 @click.option("--world-size", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks to plan for.")
@@ -200,10 +236,14 @@ def evaluate(
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor with shape, dtype and bytes.")
 @_JSON
-def inspect(path: Path, tensors: bool, as_json: bool) -> None:
-    """What is in it? A checkpoint, or a folder of them: where it comes from, who wrote it, what it holds."""
-    from reshard.commands.inspect import run, text
+@click.option("--model", help="What it is, where it does not say: FLAVOR, NAME/FLAVOR, a params.json or config.json.")
+def inspect(path: Path, tensors: bool, as_json: bool, model: str | None) -> None:
+    """What is in it? A checkpoint, a folder of them, or a model in any format: its origin, sizes and tensors."""
+    from reshard.commands.inspect import is_ours, run, text
 
+    if path.exists() and not is_ours(path):
+        _inspect_foreign(path, model, as_json)
+        return
     report = run(path)
     if as_json:
         click.echo(json.dumps(report))
@@ -211,6 +251,14 @@ def inspect(path: Path, tensors: bool, as_json: bool) -> None:
     click.echo("\n".join(text(report)))
     for name, tensor in report.get("tensors", {}).items() if tensors else ():
         click.echo(f"{name:60} {tensor['dtype']:9} {tensor['shape']!s:18} {tensor['bytes']:>14,}")
+
+
+def _inspect_foreign(path: Path, model: str | None, as_json: bool) -> None:
+    from reshard.commands.sources import open_source
+    from reshard.formats.describe import describe, text
+
+    report = describe(open_source(path, model=model))
+    click.echo(json.dumps(report) if as_json else "\n".join(text(report)))
 
 
 @cli.command()
@@ -255,12 +303,90 @@ def verify(paths: Sequence[Path], level: Literal["files", "bytes"], as_json: boo
 @cli.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    type=click.Choice(["dcp", "hf", "meta", "torch", "torchtune", "gguf"]),
+    help="What to write. Default: by TARGET's name, .gguf or .pt, else a DCP checkpoint.",
+)
+@click.option("--model", help="What SOURCE is, if it does not say: FLAVOR, NAME/FLAVOR, a params.json or config.json.")
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "float64"]), help="Cast on the way.")
-def convert(source: Path, target: Path, dtype: str | None) -> None:
-    """Bring weights in: a Meta directory (params.json, consolidated.NN.pth) becomes a committed DCP checkpoint."""
-    from reshard.commands.convert import run
+@click.option("--rope-scaling-factor", type=float, help="Instead of the release's, 32 for 3.2's 1B and 3B, else 8.")
+@click.option("--tokenizer", type=click.Path(path_type=Path, exists=True), help="Instead of the one beside SOURCE.")
+@click.option(
+    "--max-memory", default="512MiB", show_default=True, help="Of anonymous memory, whatever the model's size."
+)
+@click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Threads that copy.")
+@click.option("--shards", type=click.IntRange(1, 100), default=1, show_default=True, help="Files of a Meta export.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Of each file of a Hugging Face export.")
+@click.option(
+    "--names",
+    type=click.Choice(["torchtune", "meta"]),
+    default="torchtune",
+    show_default=True,
+    help="In a torchtune export: for FullModelTorchTuneCheckpointer or FullModelMetaCheckpointer.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
+@click.option("--verify", "verifying", is_flag=True, help="Read everything back and compare.")
+@_JSON
+def convert(
+    source: Path,
+    target: Path,
+    to: str | None,
+    model: str | None,
+    dtype: str | None,
+    rope_scaling_factor: float | None,
+    tokenizer: Path | None,
+    max_memory: str,
+    workers: int,
+    shards: int,
+    max_shard_size: str,
+    names: Literal["torchtune", "meta"],
+    dry_run: bool,
+    verifying: bool,
+    as_json: bool,
+) -> None:
+    """Weights from any format to any other: DCP, Meta, Hugging Face, torchtune, .pt, GGUF, in bounded memory."""
+    from reshard.commands.convert import Options, describe_plan, plan_lines, run, target_format
+    from reshard.commands.sources import open_source
+    from reshard.formats.hf_config import parse_size
 
-    click.echo(run(source, target, dtype=dtype))
+    options = Options(
+        dtype=dtype, memory=parse_size(max_memory), workers=workers, shards=shards,
+        max_shard_bytes=parse_size(max_shard_size), names=names, tokenizer=tokenizer, verify=verifying,
+    )  # fmt: skip
+    if dry_run:
+        opened = open_source(source, model=model, rope_factor=rope_scaling_factor)
+        report = describe_plan(opened, target, target_format(target, to), options)
+        click.echo(json.dumps(report) if as_json else "\n".join(plan_lines(report)))
+        return
+    run(source, target, to=to, model=model, rope_factor=rope_scaling_factor, options=options)
+    click.echo(json.dumps({"path": str(target)}) if as_json else target)
+
+
+@cli.command()
+@click.argument("left", type=click.Path(path_type=Path))
+@click.argument("right", type=click.Path(path_type=Path))
+@click.option(
+    "--model", help="What they are, where they do not say: FLAVOR, NAME/FLAVOR, a params.json or config.json."
+)
+@click.option("--any-dtype", is_flag=True, help="Equal numbers are enough.")
+@click.option("--tolerance", type=click.FloatRange(min=0), default=0.0, help="Of the largest relative difference.")
+@_JSON
+def diff(left: Path, right: Path, model: str | None, any_dtype: bool, tolerance: float, as_json: bool) -> None:
+    """Are these the same weights, in whatever format? Exit 0 yes, 1 no, 2 cannot tell."""
+    from reshard.commands.diff import compare, lines
+    from reshard.commands.sources import open_source
+    from reshard.progress import progress_bar
+
+    a, b = (open_source(path, model=model) for path in (left, right))
+    with progress_bar("diff", sum(tensor.nbytes for tensor in a.tensors.values())) as advance:
+        report = compare(a, b, advance)
+    same = report.same(any_dtype=any_dtype, tolerance=tolerance)
+    if as_json:
+        click.echo(json.dumps({"same": same, **asdict(report)}))
+    else:
+        click.echo("\n".join([*lines(report), f"{'same' if same else 'DIFFERENT'}: {report.tensors} tensors compared"]))
+    sys.exit(0 if same else 1)
 
 
 def _config(arguments: Sequence[str]) -> Config:

@@ -15,8 +15,11 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,20 +31,31 @@ CALLS = (
 MISSING = "strace is not installed: apt-get install strace"
 
 
-def strace(place: Path, *more: str) -> list[str]:
-    """The words to put before a command to have its calls recorded, in files `place/calls.<pid>`."""
+@contextmanager
+def traced(process: int, *options: str) -> Iterator[None]:
+    """Have strace at a process, and at all that it starts meanwhile, until the block ends. Needs the right to do so."""
     assert shutil.which("strace"), MISSING
+    tracer = subprocess.Popen(["strace", "-f", "-p", str(process), *options], stderr=subprocess.PIPE, text=True)
+    status = Path(f"/proc/{process}/status")
+    try:
+        for _ in range(10_000):
+            if f"TracerPid:\t{tracer.pid}\n" in status.read_text():
+                break
+            if tracer.poll() is not None:
+                assert tracer.stderr is not None
+                raise AssertionError(f"strace cannot attach here: {tracer.stderr.read()[-500:]}")
+            time.sleep(0.001)
+        yield
+    finally:
+        tracer.send_signal(signal.SIGINT)  # it lets go of all processes, which go on
+        tracer.communicate(timeout=60)
+
+
+def recording(process: int, place: Path, *options: str) -> AbstractContextManager[None]:
+    """Record every call that changes files, in `place/calls.<pid>`, for `calls_in`."""
     place.mkdir()
-    return ["strace", "-f", "-ff", "-ttt", "-T", "-y", "-xx", "-s", "16777216", "--seccomp-bpf", "-o", f"{place}/calls",
-            "-e", f"trace={CALLS}", *more]  # fmt: skip
-
-
-def can_trace() -> str:
-    """Why can no calls be recorded here? Empty where they can."""
-    if not shutil.which("strace"):
-        return MISSING
-    done = subprocess.run(["strace", "-f", "-o", "/dev/null", "true"], capture_output=True, text=True)
-    return "" if done.returncode == 0 else f"strace does not work here: {done.stderr.strip()[-300:]}"
+    words = ["-ff", "-ttt", "-T", "-y", "-xx", "-s", "16777216", "-o", f"{place}/calls", "-e", f"trace={CALLS}"]
+    return traced(process, *words, *options)
 
 
 @dataclass(frozen=True)
@@ -91,13 +105,13 @@ class Op:
 class History:
     """All changes below a root, by inode, since it was `base`.
 
-    A directory's changes are {name: inode or None}; a file's are (offset, bytes).
+    A directory's changes are {name: inode or None}; a file's are (offset, bytes), or (0, None) where it is cut to nothing.
     """
 
     root: str
     ops: list[Op] = field(default_factory=list)
     directories: dict[int, list[tuple[int, dict[str, int | None]]]] = field(default_factory=dict)
-    files: dict[int, list[tuple[int, int, bytes]]] = field(default_factory=dict)
+    files: dict[int, list[tuple[int, int, bytes | None]]] = field(default_factory=dict)
     synced: dict[int, list[int]] = field(default_factory=dict)
     _now: dict[int, dict[str, int]] = field(default_factory=dict)
     _sizes: dict[int, int] = field(default_factory=dict)
@@ -132,6 +146,24 @@ class History:
         self.synced[inode] = []
         return inode
 
+    def until(self, call: int) -> History:
+        """The same, as if nothing had happened after this call."""
+        kept: dict[int, Any] = {
+            inode: [c for c in changes if c[0] <= call] for inode, changes in self.directories.items()
+        }
+        files = {inode: [w for w in writes if w[0] <= call] for inode, writes in self.files.items()}
+        now: dict[int, dict[str, int]] = {}
+        for inode, changes in kept.items():
+            now[inode] = {}
+            for _, change in changes:
+                _put(now[inode], change)
+        return History(
+            self.root, self.ops[: call + 1], kept, files,
+            {inode: [i for i in numbers if i <= call] for inode, numbers in self.synced.items()}, now,
+            {inode: len(_written(b"", [write[1:] for write in writes])) for inode, writes in files.items()},
+            self._count,
+        )  # fmt: skip
+
     # -- taking calls in
 
     def add(self, calls: Sequence[Call]) -> None:
@@ -150,25 +182,26 @@ class History:
                     if name not in self._now[parent]:
                         inode = self._new(is_directory=False)
                         self._change(call, f"create {self._short(path)}", path, parent, {name: inode})
-                    else:
-                        assert "O_TRUNC" not in call.arguments or self._untouched(path), f"{path} is cut"
+                    elif "O_TRUNC" in call.arguments or call.name == "creat":
+                        inode = self._now[parent][name]
+                        self.files[inode].append((len(self.ops), 0, None))
+                        self._sizes[inode] = 0
+                        self._op(call, f"cut {self._short(path)} to nothing", path)
             case "mkdir" | "mkdirat":
                 path = self._absolute(texts[0], fd_path)
                 if self._inside(path):
                     parent, name = self._parent(path)
                     self._change(call, f"mkdir {self._short(path)}", path, parent, {name: self._new(is_directory=True)})
             case "write" | "writev":
-                if self._inside(fd_path) and not fd_path.endswith(" (deleted)"):
-                    inode = self._find(fd_path)
-                    assert inode is not None, fd_path
+                inode = self._find(fd_path) if self._inside(fd_path) else None
+                if inode is not None:
                     data = b"".join(_decoded(t) for t in _TEXT.findall(call.arguments))[: int(call.result.split()[0])]
                     self.files[inode].append((len(self.ops), self._sizes[inode], data))
                     self._sizes[inode] += len(data)
                     self._op(call, f"write {len(data)} bytes of {self._short(fd_path)}", fd_path)
             case "fsync" | "fdatasync":
-                if self._inside(fd_path) or fd_path == self.root:
-                    inode = self._find(fd_path)
-                    assert inode is not None, fd_path
+                inode = self._find(fd_path) if self._inside(fd_path) or fd_path == self.root else None
+                if inode is not None:
                     self.synced[inode].append(len(self.ops))
                     self._op(call, f"fsync {self._short(fd_path)}", fd_path)
             case "rename" | "renameat" | "renameat2":
@@ -223,10 +256,6 @@ class History:
             inode = self._now[inode].get(name) if inode is not None and inode in self._now else None
         return inode
 
-    def _untouched(self, path: str) -> bool:
-        inode = self._find(path)
-        return inode is not None and self._sizes[inode] == 0 or path.rpartition("/")[2].startswith(".")
-
 
 def _put(names: dict[str, Any], change: dict[str, int | None]) -> None:
     for name, inode in change.items():
@@ -239,6 +268,7 @@ def _put(names: dict[str, Any], change: dict[str, int | None]) -> None:
 # -- what is found after a crash
 
 Tree = dict[str, "Tree | bytes"]
+Write = tuple[int, bytes | None]
 
 
 class Loss:
@@ -251,7 +281,7 @@ class Loss:
         """Which of a directory's pending changes are kept?"""
         return [True] * len(pending)
 
-    def content(self, sure: bytes, pending: list[tuple[int, bytes]]) -> bytes:
+    def content(self, sure: bytes, pending: list[Write]) -> bytes:
         """What is in a file, of which `sure` is durable?"""
         return _written(sure, pending)
 
@@ -262,7 +292,7 @@ class AllLost(Loss):
     def names(self, pending: list[dict[str, int | None]]) -> list[bool]:
         return [False] * len(pending)
 
-    def content(self, sure: bytes, pending: list[tuple[int, bytes]]) -> bytes:
+    def content(self, sure: bytes, pending: list[Write]) -> bytes:
         return sure
 
 
@@ -272,14 +302,14 @@ class DataLost(Loss):
     def __init__(self, *, zeros: bool) -> None:
         self._zeros = zeros
 
-    def content(self, sure: bytes, pending: list[tuple[int, bytes]]) -> bytes:
-        return _written(sure, [(at, bytes(len(data))) for at, data in pending]) if self._zeros else sure
+    def content(self, sure: bytes, pending: list[Write]) -> bytes:
+        return _written(sure, _zeros(pending)) if self._zeros else sure
 
 
 class NamesLost(AllLost):
     """The data is there, the names are not."""
 
-    def content(self, sure: bytes, pending: list[tuple[int, bytes]]) -> bytes:
+    def content(self, sure: bytes, pending: list[Write]) -> bytes:
         return _written(sure, pending)
 
 
@@ -289,11 +319,11 @@ class Torn(Loss):
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
 
-    def content(self, sure: bytes, pending: list[tuple[int, bytes]]) -> bytes:
+    def content(self, sure: bytes, pending: list[Write]) -> bytes:
         if not pending:
             return sure
         at, data = pending[-1]
-        return _written(sure, [*pending[:-1], (at, data[: self._rng.randrange(len(data))] if data else data)])
+        return _written(sure, [*pending[:-1], (at, data[: self._rng.randrange(len(data))] if data else b"")])
 
 
 class AnyLost(Loss):
@@ -308,7 +338,7 @@ class AnyLost(Loss):
             return [i < kept for i in range(len(pending))]
         return [self._rng.random() < 0.5 for _ in pending]
 
-    def content(self, sure: bytes, pending: list[tuple[int, bytes]]) -> bytes:
+    def content(self, sure: bytes, pending: list[Write]) -> bytes:
         match self._rng.randrange(5):
             case 0:
                 return sure
@@ -317,22 +347,31 @@ class AnyLost(Loss):
             case 2:
                 return Torn(self._rng).content(sure, pending)
             case 3:
-                return _written(sure, [(at, bytes(len(data))) for at, data in pending])
-        whole = bytearray(_written(sure, pending))
+                return _written(sure, _zeros(pending[: self._rng.randrange(len(pending) + 1)]))
+        whole = bytearray(_written(sure, pending))  # longer than any of its parts, unless it was cut
         for at, data in pending:  # some sectors reached the disk, the others are zero
+            if data is None:
+                continue
             for sector in range(at, at + len(data), 512):
                 if self._rng.random() < 0.5:
-                    end = min(sector + 512, at + len(data))
-                    whole[sector:end] = bytes(end - sector)
+                    end = min(sector + 512, at + len(data), len(whole))
+                    whole[sector:end] = bytes(max(0, end - sector))
         return bytes(whole)
 
 
-def _written(content: bytes, pending: list[tuple[int, bytes]]) -> bytes:
+def _written(content: bytes, pending: list[Write]) -> bytes:
     result = bytearray(content)
     for at, data in pending:
+        if data is None:
+            result.clear()
+            continue
         result.extend(bytes(max(0, at + len(data) - len(result))))
         result[at : at + len(data)] = data
     return bytes(result)
+
+
+def _zeros(pending: list[Write]) -> list[Write]:
+    return [(at, bytes(len(data)) if data is not None else None) for at, data in pending]
 
 
 def found_after(history: History, happened: Callable[[int], bool], loss: Loss) -> Tree:

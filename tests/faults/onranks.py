@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -11,20 +12,34 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from faults.loading import Destination, load_plain
+from reshard.checkpoint.commit import recover
 
 
-def save_plainly(source: str, target: str) -> None:
-    """torch.distributed.checkpoint.save of what a checkpoint of ours holds, sharded over these ranks as FSDP2 does."""
+def save_plainly(sources: list[str], folder: str, steps: list[int]) -> None:
+    """torch.distributed.checkpoint.save of what checkpoints of ours hold, sharded over these ranks as FSDP2 does.
+
+    One after the other as the given steps, as a run would: rank 0 says so in events.jsonl.
+    """
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    whole = Destination.of(Path(source))
-    load_plain(Path(source), whole)
-    state: dict[str, dict[str, object]] = {}
-    for name, tensor in whole.tensors.items():
-        part, _, rest = name.partition(".")
-        sharded: DTensor | object = distribute_tensor(tensor, mesh, [Shard(0)]) if tensor.ndim else tensor
-        state.setdefault(part, {})[rest] = sharded
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(state, checkpoint_id=target)
+    for source, step in zip(sources, steps, strict=True):
+        whole = Destination.of(Path(source))
+        load_plain(Path(source), whole)
+        state: dict[str, dict[str, object]] = {}
+        for name, tensor in whole.tensors.items():
+            part, _, rest = name.partition(".")
+            sharded: DTensor | object = distribute_tensor(tensor, mesh, [Shard(0)]) if tensor.ndim else tensor
+            state.setdefault(part, {})[rest] = sharded
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(state, checkpoint_id=f"{folder}/checkpoint/step-{step}")
+        if dist.get_rank() == 0:
+            with open(f"{folder}/events.jsonl", "a") as events:
+                events.write(json.dumps({"event": "save", "step": step}) + "\n")
     dist.destroy_process_group()
+
+
+def recover_all(folders: list[str]) -> None:
+    """What a start does first, in each of these checkpoint folders."""
+    for folder in folders:
+        recover(Path(folder))

@@ -76,13 +76,10 @@ class Run:
 
 
 class Runs:
-    """Starts runs, by way of one process that has torch imported. A context: leaving it ends that process.
+    """Starts runs, by way of one process that has torch imported. A context: leaving it ends that process."""
 
-    prefix: a program to run it under, such as strace.
-    """
-
-    def __init__(self, place: Path, prefix: Sequence[str] = ()) -> None:
-        self._place, self._prefix, self._count = place, tuple(prefix), 0
+    def __init__(self, place: Path) -> None:
+        self._place, self._count = place, 0
         self._zygote: subprocess.Popen[str] | None = None
 
     def start(
@@ -110,11 +107,18 @@ class Runs:
         """Start, and wait for the end."""
         return self.start(words, **options).wait(timeout_s)
 
+    @property
+    def process(self) -> int:
+        """The process that all of them come from: who traces it, traces them."""
+        self.ask({"do": "nothing"})
+        assert self._zygote is not None
+        return self._zygote.pid
+
     def ask(self, request: dict[str, Any]) -> Any:
         if self._zygote is None:
             self._place.mkdir(parents=True, exist_ok=True)
             self._zygote = subprocess.Popen(
-                [*self._prefix, sys.executable, str(Path(__file__).with_name("zygote.py"))],
+                [sys.executable, str(Path(__file__).with_name("zygote.py"))],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 stderr=open(self._place / "stderr", "w"),  # noqa: SIM115  the child has it open, too
                 env={key: value for key, value in os.environ.items() if key not in _HIDDEN},

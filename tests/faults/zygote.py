@@ -17,13 +17,13 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import contextlib
 
 import torch.distributed.checkpoint
 import torch.distributed.fsdp  # noqa: F401
@@ -98,17 +98,17 @@ def lead(request: dict[str, Any]) -> None:
 
 def answer(request: dict[str, Any]) -> Any:
     match request["do"]:
+        case "nothing":
+            return None
         case "start":
             pid = os.fork()
             if pid == 0:
                 lead(request)
-            try:
+            with suppress(PermissionError, ProcessLookupError):
                 os.setpgid(pid, pid)  # here as well: a kill may come before the child has got that far
-            except (PermissionError, ProcessLookupError):
-                pass
             return pid
         case "kill":  # a whole run: the leader and all of its ranks
-            with contextlib.suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):
                 os.killpg(request["run"], signal.SIGKILL)
             return reap(request["run"], None)
         case "wait":

@@ -1,10 +1,11 @@
-"""Real ranks for the proofs: many configs in one launch, and what each rank saw and held.
+"""Real ranks for the proofs, quickly: what each of them saw and held.
 
     python launch.py        reads one JSON request a line on stdin, answers with one JSON line on stdout
 
-Importing torch takes seconds, so the process behind `Ranks` has imported it; every launch forks new processes from it,
-which are ranks as torchrun makes them (own process, RANK and WORLD_SIZE in the environment, gloo between them). Runs in
-one launch follow each other on the same ranks, each with a process group of its own: starting costs more than a short run.
+Importing torch takes seconds, so the process behind `Ranks` has imported it, once for all proofs of a module. Every run
+forks new processes from it, which are ranks as torchrun makes them (own process, RANK and WORLD_SIZE in the environment,
+gloo between them). Not several runs on the same ranks: DTensor caches what it knows of a mesh, and takes the next run's
+mesh of the same extents for it, whose groups are others.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 PROJECT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 400  # of one launch
+TIMEOUT_S = 240  # of one run
 _DEGREES = (
     "data_parallel_replicate_degree", "data_parallel_shard_degree", "context_parallel_degree", "tensor_parallel_degree",
     "pipeline_parallel_degree",
@@ -40,11 +41,15 @@ MODEL = {"dim": 64, "n_layers": 4, "n_heads": 8, "n_kv_heads": 8, "ffn_dim": 128
 Sections = dict[str, dict[str, Any]]
 
 
+class RankFailed(Exception):
+    """A rank ended with something else than a result, or not in time."""
+
+
 @dataclass(frozen=True)
 class Seen:
     """What one rank came to.
 
-    error: of a ReshardError, its sentence; of anything else, the traceback. fed: for each forward pass of the part with
+    error: the sentence of a ReshardError. fed: for each forward pass of the part with
     the embedding, a digest of each row of tokens that is not padding. held: name -> digest of every whole tensor
     (parameters, moments) of this rank's stages, as its first optimizer step found them.
     """
@@ -61,35 +66,34 @@ class Ranks:
         self._place, self._count = place, 0
         self._zygote: subprocess.Popen[str] | None = None
 
-    def __call__(self, configs: Sequence[Any], *, watch: bool = False, timeout_s: float = TIMEOUT_S) -> list[list[Seen]]:
-        """Run reshard.config.Config objects, those of one world size in one launch. For each: what its ranks saw, in order.
+    def __call__(self, configs: Sequence[Any], *, watch: bool = False) -> list[list[Seen]]:
+        """Run each reshard.config.Config on new ranks, one run after the other. For each: what its ranks saw, in order.
 
-        watch: fill `fed` and `held`. Fails where a rank dies or the time is up.
+        watch: fill `fed` and `held`. Raises RankFailed.
         """
-        results: dict[int, list[Seen]] = {}
-        for world in sorted({world_size(config) for config in configs}):
-            mine = [i for i, config in enumerate(configs) if world_size(config) == world]
-            by_rank = self._launch([configs[i].model_dump() for i in mine], world, watch, timeout_s)
-            for place, i in enumerate(mine):
-                results[i] = [Seen(**rank[place]) for rank in by_rank]
-        return [results[i] for i in range(len(configs))]
+        return [self._run(config.model_dump(), world_size(config), watch) for config in configs]
 
     def problems(self, configs: Sequence[Any]) -> list[str | None]:
         """Run, and say of each what went wrong: what `reshard parity` asks of whoever runs its layouts."""
-        return [next((seen.error for seen in ranks if seen.error), None) for ranks in self(configs)]
+        problems: list[str | None] = []
+        for config in configs:
+            try:
+                (ranks,) = self([config])
+                problems.append(next((seen.error for seen in ranks if seen.error), None))
+            except RankFailed as error:
+                problems.append(str(error))
+        return problems
 
-    def _launch(self, configs: list[Sections], world: int, watch: bool, timeout_s: float) -> list[list[dict[str, Any]]]:
+    def _run(self, config: Sections, world: int, watch: bool) -> list[Seen]:
         self._count += 1
-        place = self._place / f"launch-{self._count}"
+        place = self._place / f"run-{self._count}"
         place.mkdir(parents=True)
-        request = {
-            "configs": configs, "ports": [_free_port() for _ in configs], "world": world, "place": str(place),
-            "watch": watch, "timeout_s": timeout_s,
-        }  # fmt: skip
+        request = {"config": config, "port": _free_port(), "world": world, "place": str(place), "watch": watch}
         problem = self._ask(request)
-        output = "\n".join(f"-- rank {r}\n{_tail(place / f'stderr-{r}')}" for r in range(world)) if problem else ""
-        assert not problem, f"{problem}\n{output}"
-        return [json.loads((place / f"result-{rank}.json").read_text()) for rank in range(world)]
+        if problem:
+            output = "\n".join(f"-- rank {r}\n{_tail(place / f'stderr-{r}')}" for r in range(world))
+            raise RankFailed(f"{config['job']['dump_folder']}: {problem}\n{output}")
+        return [Seen(**json.loads((place / f"result-{rank}.json").read_text())) for rank in range(world)]
 
     def _ask(self, request: dict[str, Any]) -> str:
         if self._zygote is None:
@@ -281,16 +285,13 @@ def _be_rank(request: dict[str, Any], rank: int) -> None:
         log = os.open(place / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT, 0o600)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        results = []
-        for sections, port in zip(request["configs"], request["ports"], strict=True):
-            if request["world"] > 1:
-                os.environ.update(
-                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["world"]), MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=str(port),
-                )  # fmt: skip
-            print("run", sections["job"]["dump_folder"], file=sys.stderr, flush=True)
-            results.append(_work(sections, request["watch"]))
-        (place / f"result-{rank}.json").write_text(json.dumps(results))
+        if request["world"] > 1:
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["world"]), MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(request["port"]),
+            )  # fmt: skip
+        result = _work(request["config"], request["watch"])
+        (place / f"result-{rank}.json").write_text(json.dumps(result))
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -307,7 +308,7 @@ def _launch(request: dict[str, Any]) -> str:
         if pid == 0:
             _be_rank(request, rank)
         living[pid] = rank
-    deadline = time.monotonic() + request["timeout_s"]
+    deadline = time.monotonic() + TIMEOUT_S
     problem = ""
     while living:
         for pid, rank in list(living.items()):
@@ -318,7 +319,7 @@ def _launch(request: dict[str, Any]) -> str:
                     problem = f"rank {rank} ended with status {status}"
                     deadline = min(deadline, time.monotonic() + 5)  # the others wait for it in vain
         if time.monotonic() > deadline and living:
-            problem = problem or f"ranks {sorted(living.values())} did not end within {request['timeout_s']} s"
+            problem = problem or f"ranks {sorted(living.values())} did not end within {TIMEOUT_S} s"
             for pid in living:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)

@@ -1,19 +1,27 @@
-"""How do foreign weights become a checkpoint of ours? A stream of pieces, from the source's files into DCP's."""
+"""How do weights go from any format to any other? `reshard convert`: a stream of slabs, within the memory that was given."""
 
 from __future__ import annotations
 
 import logging
-import shutil
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from reshard.errors import FormatError, StorageError
+from reshard.commands.sources import FORMATS, open_source
+from reshard.commands.tokenizer_files import with_tokenizer
+from reshard.errors import ConfigError, FormatError, nearest
+from reshard.formats.cast import cast
+from reshard.formats.gguf import plan_gguf
+from reshard.formats.hf import DEFAULT_SHARD_BYTES, plan_hf
 from reshard.formats.meta import open_meta
-from reshard.formats.protocol import ITEM_BYTES, LazyTensor, Ledger, Source, slabs
+from reshard.formats.meta_export import plan_meta
+from reshard.formats.output import Output, check_space, write_output
+from reshard.formats.protocol import ITEM_BYTES, LazyTensor, Ledger, Source, read_rows, slabs
+from reshard.formats.torch_model import plan_torch
+from reshard.formats.torchtune import plan_torchtune
+from reshard.progress import progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -23,117 +31,270 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES = 64 * 2**20  # in memory at once, before a cast; also the size of the chunks that a reader finds
+PIECE_BYTES = 64 * 2**20  # of a chunk of ours at most: no reader ever needs a whole matrix
+DEFAULT_MEMORY = 512 << 20
+# What the interpreter and the libraries take before a byte is read; torch is needed to write DCP only.
+FLOOR_BYTES, FLOOR_WITH_TORCH_BYTES = 40 << 20, 210 << 20
 _EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
+_SUFFIXES = {".gguf": "gguf", ".pt": "torch", ".pth": "torch"}
 
 
-def run(source: Path, target: Path, *, dtype: str | None = None) -> Path:
-    """Convert a Meta directory into a committed DCP checkpoint at `target`, which must not exist or be empty.
+@dataclass(frozen=True)
+class Options:
+    """What may be asked of a conversion; see `reshard convert --help`."""
 
-    Raises FormatError for the source, NotACheckpoint for a target in use, StorageError for the disk; nothing is then
-    left behind.
+    dtype: str | None = None
+    memory: int = DEFAULT_MEMORY
+    workers: int = 2
+    shards: int = 1
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    names: Literal["torchtune", "meta"] = "torchtune"
+    tokenizer: Path | None = None
+    verify: bool = False
+
+
+def run(
+    source: Path,
+    target: Path,
+    *,
+    to: str | None = None,
+    model: str | None = None,
+    dtype: str | None = None,
+    rope_factor: float | None = None,
+    options: Options | None = None,
+) -> Path:
+    """Convert what lies at `source` into a new `target`, which must not exist or be an empty directory.
+
+    to: one of FORMATS; None guesses by the target's name: .gguf, .pt, else a DCP checkpoint.
+    Raises ReshardErrors; nothing is then left behind.
     """
-    manifest = to_dcp(open_meta(source), target, dtype=dtype)
-    logger.info("%s: %d tensors, %.1f MB, from %s", target, len(manifest.tensors), manifest.bytes / 1e6, source)
+    options = options or Options(dtype=dtype)
+    opened = open_source(source, model=model, rope_factor=rope_factor)
+    convert(opened, target, target_format(target, to), options)
     return target
 
 
-def to_dcp(source: Source, out: Path, *, dtype: str | None = None) -> Manifest:
+def import_meta(source: Path, target: Path, *, freqs_cis_rows: int | None = None) -> Path:
+    """The specification's own conversion: Meta's files to a DCP checkpoint.
+
+    freqs_cis_rows: write the dialect that torchtitan loaded until July 2025 instead: names under `model.`, and the table
+    of rotations for so many positions. Raises as `run` does.
+    """
+    opened = open_meta(source)
+    if freqs_cis_rows is None:
+        convert(opened, target, "dcp", Options())
+    else:
+        from reshard.commands.titan import to_early_titan
+
+        to_early_titan(opened, target, freqs_cis_rows)
+    return target
+
+
+def target_format(target: Path, to: str | None) -> str:
+    """Which format is wanted? Raises ConfigError for an unknown one."""
+    if to is None:
+        return _SUFFIXES.get(target.suffix, "dcp")
+    if to not in FORMATS:
+        close = nearest(to, FORMATS)
+        raise ConfigError(
+            f"`{to}` is no format, expected one of {', '.join(FORMATS)}",
+            hint=f"did you mean `{close}`?" if close else None,
+        )
+    return to
+
+
+def convert(source: Source, target: Path, to: str, options: Options) -> None:
+    """Write an opened source in a format. Raises as `run` does."""
+    assert source.spec is not None, source.path
+    if to == "dcp":
+        manifest = to_dcp(
+            source, target, dtype=options.dtype, memory=options.memory, workers=options.workers, verify=options.verify
+        )
+        logger.info(
+            "%s: %d tensors, %.1f MB, from %s", target, len(manifest.tensors), manifest.bytes / 1e6, source.path
+        )
+        return
+    source = with_tokenizer(source, source.spec, to, options.tokenizer)
+    output = plan(source, target, to, options)
+    _say_cast(source, options.dtype)
+    ledger = Ledger(drops=_floods(output.nbytes + output.tensor_bytes))
+    with progress_bar(f"{source.path.name} to {to}", output.tensor_bytes) as advance:
+        write_output(
+            output,
+            target,
+            ledger,
+            memory=max(0, options.memory - FLOOR_BYTES),
+            workers=options.workers,
+            verify=options.verify,
+            advance=advance,
+        )
+    logger.info("%s: %d tensors, %.1f MB, from %s", target, len(output.copies), output.nbytes / 1e6, source.path)
+
+
+def plan(source: Source, target: Path, to: str, options: Options) -> Output:
+    """The layout of an export, before a byte of it is read."""
+    spec = source.spec
+    assert spec is not None, source.path
+    if to == "hf":
+        return plan_hf(source, spec, dtype=options.dtype, max_shard_bytes=options.max_shard_bytes)
+    if to == "meta":
+        return plan_meta(source, spec, shards=options.shards, dtype=options.dtype)
+    if to == "torch":
+        return plan_torch(source, spec, target.name, dtype=options.dtype)
+    if to == "torchtune":
+        return plan_torchtune(source, spec, target, names=options.names, dtype=options.dtype)
+    assert to == "gguf", to
+    return plan_gguf(source, spec, target.name, dtype=options.dtype, name=target.stem)
+
+
+def describe_plan(source: Source, target: Path, to: str, options: Options) -> dict[str, Any]:
+    """What would be written, as plain JSON values: files with their bytes, tensors with where they go."""
+    spec = source.spec
+    assert spec is not None, source.path
+    report: dict[str, Any] = {
+        "source": str(source.path), "format": source.provenance.get("format"), "target": str(target), "to": to,
+        "model": spec.to_dict(),
+    }  # fmt: skip
+    if to == "dcp":
+        tensors = _dcp_tensors(source, options.dtype)
+        rows = [
+            {
+                "name": name,
+                "shape": list(t.shape),
+                "dtype": t.dtype,
+                "bytes": t.nbytes,
+                "places": [["__0_0.distcp", None]],
+            }
+            for name, t in tensors.items()
+        ]
+        return {**report, "bytes": sum(t.nbytes for t in tensors.values()), "files": {}, "tensors": rows}
+    source = with_tokenizer(source, spec, to, options.tokenizer)
+    output = plan(source, target, to, options)
+    rows = [
+        {
+            "name": copy.tensor.name,
+            "shape": list(copy.tensor.shape),
+            "dtype": copy.tensor.dtype,
+            "bytes": copy.tensor.nbytes,
+            "places": [[place.file, place.offset] for place in copy.places],
+        }
+        for copy in output.copies
+    ]
+    files = {file.name: file.nbytes for file in output.files}
+    return {**report, "bytes": output.nbytes, "files": files, "beside": sorted(output.beside), "tensors": rows}
+
+
+def plan_lines(report: dict[str, Any]) -> list[str]:
+    """A plan for people."""
+    lines = [
+        f"{report['source']} ({report['format']}) to {report['target']} ({report['to']}): {report['bytes'] / 1e6:,.1f} MB"
+    ]
+    lines += [f"file  {name}  {nbytes:,} bytes" for name, nbytes in report["files"].items()]
+    lines += [f"file  {name}" for name in report.get("beside", ())]
+    for row in report["tensors"]:
+        shape = " x ".join(map(str, row["shape"]))
+        places = ", ".join(f"{file}@{offset:,}" if offset is not None else file for file, offset in row["places"])
+        lines.append(f"{row['name']:40} {shape:>16} {row['dtype']:9} -> {places}")
+    return lines
+
+
+def _floods(nbytes: int) -> bool:
+    """Would so many bytes push everybody else's out of the system's cache?"""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            available = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        available = 8 << 30
+    return nbytes > available // 4
+
+
+def _say_cast(source: Source, dtype: str | None) -> None:
+    own = sorted({tensor.dtype for tensor in source.tensors.values()})
+    if dtype is not None and own != [dtype]:
+        logger.info("casting the weights from %s to %s", "/".join(own), dtype)
+
+
+# -- DCP, written by our own writer
+
+
+def to_dcp(
+    source: Source,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    memory: int = DEFAULT_MEMORY,
+    workers: int = 1,
+    verify: bool = False,
+) -> Manifest:
     """Write a source as a committed weights-only checkpoint under flat Meta names.
 
     dtype: a torch dtype name to cast to; None keeps each tensor's own. A tied model is written with both names, which
     torchtune needs. Memory: one piece of at most PIECE_BYTES. The source's stored CRC32s are checked on the way, before
     the commit. Raises FormatError, NotACheckpoint, StorageError.
     """
-    from reshard.checkpoint.save import save_weights
-
     if source.spec is None:
         raise FormatError(f"{source.path} does not say which model it is: heads, RoPE and epsilon", path=source.path)
+    tensors = _dcp_tensors(source, dtype)
+    check_space(out, sum(tensor.nbytes for tensor in tensors.values()))
+    _say_cast(source, dtype)
+    from reshard.checkpoint.save import save_weights
+
+    piece = min(PIECE_BYTES, (memory - FLOOR_WITH_TORCH_BYTES) // 4)
+    if piece < 1 << 20:
+        least = (FLOOR_WITH_TORCH_BYTES >> 20) + 4
+        raise ConfigError(
+            f"a memory of {memory / 2**20:.0f} MiB is too little to write DCP, which needs torch: {least} MiB or more"
+        )
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    ledger = Ledger(drops=_floods(2 * total))
+    with progress_bar(f"{source.path.name} to dcp", total) as advance:
+        pieces = _pieces(tensors, piece, ledger, advance)
+        manifest = save_weights(out, pieces, step=0, source=source.provenance, config=None, spec=source.spec)
+    if verify:
+        _verify(out)
+    return manifest
+
+
+def _verify(out: Path) -> None:
+    import shutil
+
+    from reshard.checkpoint.verify import verify_checkpoint
+
+    verdict = verify_checkpoint(out, "bytes", lambda done: None)
+    if not verdict.whole:
+        shutil.rmtree(out)
+        raise FormatError(f"{out} was not written right: {verdict.problem or verdict.findings}", path=out)
+
+
+def _dcp_tensors(source: Source, dtype: str | None) -> dict[str, LazyTensor]:
+    assert source.spec is not None
     tensors = dict(source.tensors)
     if source.spec.tied:
         tensors.setdefault(_OUTPUT, tensors[_EMBEDDING])
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    _check_space(out, sum(t.nbytes // ITEM_BYTES[t.dtype] * ITEM_BYTES[dtype or t.dtype] for t in tensors.values()))
-    own = sorted({tensor.dtype for tensor in tensors.values()})
-    if dtype is not None and own != [dtype]:
-        logger.info("casting the weights from %s to %s", "/".join(own), dtype)
-    with _progress(f"converting {source.path.name}", total) as advance:
-        pieces = _pieces(tensors, dtype, advance)
-        return save_weights(out, pieces, step=0, source=source.provenance, config=None, spec=source.spec)
+    return {name: cast(tensor, dtype) for name, tensor in tensors.items()}
 
 
-def _pieces(tensors: dict[str, LazyTensor], dtype: str | None, advance: Callable[[int], object]) -> Iterator[Piece]:
+def _pieces(
+    tensors: dict[str, LazyTensor], most_bytes: int, ledger: Ledger, advance: Callable[[int], object]
+) -> Iterator[Piece]:
     """Every tensor, some rows at a time; ends only if the bytes that were read are those that had been written."""
     from reshard.checkpoint.state import Piece
 
-    ledger = Ledger()
     for name, tensor in tensors.items():
-        for start, stop in slabs(tensor.shape, ITEM_BYTES[tensor.dtype], PIECE_BYTES):
+        for start, stop in slabs(tensor.shape, ITEM_BYTES[tensor.dtype], most_bytes, tensor.grain):
             scalar = not tensor.shape
             yield Piece(
                 fqn=name,
                 shape=tensor.shape,
                 offsets=() if scalar else (start, *(0 for _ in tensor.shape[1:])),
                 sizes=() if scalar else (stop - start, *tensor.shape[1:]),
-                dtype=dtype or tensor.dtype,
-                read=partial(_read, tensor, (start, stop), dtype=dtype, ledger=ledger, advance=advance),
+                dtype=tensor.dtype,
+                read=partial(_read, tensor, start, stop, ledger, advance),
             )
     ledger.check()
 
 
-def _read(
-    tensor: LazyTensor,
-    rows_wanted: tuple[int, int],
-    *,
-    dtype: str | None,
-    ledger: Ledger,
-    advance: Callable[[int], object],
-) -> torch.Tensor:
-    import torch
-
-    rows = tensor.read(*rows_wanted, ledger)
+def _read(tensor: LazyTensor, start: int, stop: int, ledger: Ledger, advance: Callable[[int], object]) -> torch.Tensor:
+    rows = read_rows(tensor, start, stop, ledger)
     advance(rows.nbytes)
-    if dtype is None or dtype == tensor.dtype:
-        return rows
-    cast: torch.Tensor = rows.to(getattr(torch, dtype))
-    if torch.isinf(cast).any() and not torch.isinf(rows).any():
-        raise FormatError(
-            f"{tensor.name} has numbers up to {rows.abs().max().item():.4g}, too large for {dtype}",
-            hint="--dtype bfloat16 has float32's range",
-        )
-    return cast
-
-
-def _check_space(out: Path, needed: int) -> None:
-    """Is there room for so many bytes? Asked before the first one is written."""
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise StorageError(
-            f"{out} needs {needed / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free",
-            path=out,
-            hint="free some space, or name a directory on another disk",
-        )
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], object]]:
-    """Yields what to call with the number of bytes done. Silent where stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.advance(task, done)
+    return rows

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from reshard.checkpoint.layout import is_foreign
-from reshard.checkpoint.manifest import read_manifest
-from reshard.checkpoint.ranks import Ranks
-from reshard.checkpoint.weights import check_shapes, load_weights
-from reshard.config import Config, load_config
-from reshard.errors import DataError, FormatError
-from reshard.formats.torch_pt import check_records, open_pt
-from reshard.model.build import spec_of
-from reshard.model.llama import Llama, cross_entropy_sum
-from reshard.model.names import META, canonical_names
+from reshard.commands.open_model import load_model, what_it_is
+from reshard.config import Config
+from reshard.errors import DataError
+from reshard.model.llama import cross_entropy_sum
 from reshard.model.spec import LlamaSpec
 from reshard.progress import progress_bar
 from reshard.text.cache import prepare, tokenizer_for
@@ -43,7 +35,7 @@ def run(
     whole: nothing of it was trained on. Model and tokenizer come from the checkpoint, else from config_path or flavor.
     Raises FormatError where a bare .pt or foreign directory comes without a model; DataError, TensorMismatch.
     """
-    config, spec = _what_it_is(path, config_path, flavor)
+    config, spec = what_it_is(path, config_path, flavor)
     config = config.with_values(
         model={"tokenizer_path": tokenizer or config.model.tokenizer_path},
         training={"seq_len": seq_len or config.training.seq_len},
@@ -57,7 +49,7 @@ def run(
             f"needs {config.training.seq_len + 1}",
             hint="--seq-len with a smaller number, or --data with more text",
         )
-    model = _model(path, spec, config.training.seq_len)
+    model = load_model(path, spec, config.training.seq_len)
     total = 0.0
     with torch.inference_mode(), progress_bar(f"eval {path.name}", len(chosen), unit="items") as advance:
         for start in range(0, len(chosen), batch_size):
@@ -76,31 +68,6 @@ def run(
     }
 
 
-def _what_it_is(path: Path, config_path: Path | None, flavor: str | None) -> tuple[Config, LlamaSpec]:
-    """Config and model: the manifest's, unless the command line says otherwise."""
-    config, spec = Config(), None
-    if path.is_dir() and not is_foreign(path):
-        manifest = read_manifest(path)
-        spec = LlamaSpec.from_dict(manifest.model) if manifest.model else None
-        if manifest.config:
-            config = Config.model_validate(manifest.config, strict=True)
-    if config_path is not None:
-        config, _ = load_config(config_path)
-        spec = spec_of(config)
-    if flavor is not None:
-        config = config.with_values(model={"flavor": flavor})
-        spec = spec_of(config)
-    if spec is None:
-        if not path.exists():
-            raise FormatError(f"`{path}` does not exist", path=path)
-        raise FormatError(
-            f"`{path}` does not say which model it holds",
-            path=path,
-            hint="--model FLAVOR (e.g. debugmodel, 8B), or --config CONFIG.toml",
-        )
-    return config, spec
-
-
 def _text(config: Config, spec: LlamaSpec, data: str | None) -> tuple[Any, str]:
     """The tokens to measure on, and what to call them."""
     trained_on = config.training.dataset
@@ -114,29 +81,3 @@ def _text(config: Config, spec: LlamaSpec, data: str | None) -> tuple[Any, str]:
     other = config.with_values(training={"dataset": data, "dataset_path": None}, validation={"fraction": 0.0})
     found, _ = prepare(other, spec.vocab_size, tokenizer=tokenizer)
     return found.train, data
-
-
-def _model(path: Path, spec: LlamaSpec, seq_len: int) -> Llama:
-    """The model in float32 on CPU, with the file's weights."""
-    with torch.device("meta"):
-        model = Llama(spec)
-    model.to_empty(device="cpu")
-    model.init_rope(torch.arange(seq_len))
-    parameters = dict(model.named_parameters())
-    if path.is_dir():
-        load_weights(path, parameters, spec, Ranks())
-    else:
-        _load_pt(path, parameters, spec)
-    return model.eval()
-
-
-def _load_pt(path: Path, parameters: Mapping[str, nn.Parameter], spec: LlamaSpec) -> None:
-    """Fill the model from a .pt under Meta's names, as dcp_to_torch writes it; its records' CRCs are checked."""
-    file = open_pt(path)
-    check_records(file)
-    names = canonical_names(file.tensors, META)
-    found = {canonical: file.tensors[name] for name, canonical in names.items()}
-    check_shapes(path, {name: tensor.shape for name, tensor in found.items()}, spec)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(found[name].read())

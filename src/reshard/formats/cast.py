@@ -24,7 +24,7 @@ def as_float32(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
     """Bytes of numbers of a weight dtype, as float32 (float64 is rounded)."""
     if dtype == "bfloat16":
         return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         result: NDArray[np.float32] = data.view(_NUMPY[dtype]).astype(np.float32)
     return result
 
@@ -36,16 +36,13 @@ def cast_into(out: NDArray[np.uint8], data: NDArray[np.uint8], source: str, targ
     for start in range(0, n, _CHUNK):
         stop = min(n, start + _CHUNK)
         part, result = data[start * size : stop * size], out[start * out_size : stop * out_size]
-        if source == "float64" and target == "float16":  # directly: by way of float32 it would be rounded twice
-            wide: NDArray[np.floating] = part.view(np.float64)
-        else:
-            wide = part.view(np.float64) if target == "float64" == source else as_float32(part, source)
+        wide = as_float32(part, source)  # also float64 on its way to float16: torch rounds it twice as well
         if target == "bfloat16":
             narrow = _to_bfloat16(wide.view(np.uint32))
             result.view(np.uint16)[:] = narrow
             became = (narrow & 0x7FFF) == _INFINITY >> 16
         else:
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 result.view(_NUMPY[target])[:] = wide
             became = np.isinf(result.view(_NUMPY[target])) if _narrows(source, target) else np.zeros(0, bool)
         if became.any():

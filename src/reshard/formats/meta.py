@@ -74,7 +74,9 @@ def open_meta(path: Path | str) -> Source:
         "files": [{"name": shard.path.name, "bytes": shard.nbytes} for shard in shards],
         "params": params,
     }
-    return Source(directory, spec, tensors, provenance)
+    tokenizer = next((p for p in (directory, directory.parent) if (p / "tokenizer.model").is_file()), None)
+    assets = {} if tokenizer is None else {"tokenizer.model": tokenizer / "tokenizer.model"}
+    return Source(directory, spec, tensors, provenance, assets)
 
 
 # -- the directory
@@ -120,15 +122,16 @@ def _shard_files(directory: Path) -> list[Path]:
     missing = sorted(set(range(max(numbers) + 1)) - set(numbers))
     if missing:
         raise FormatError(
-            f"{directory} lacks {listed(map(_shard_name, missing))}: expected the shards 00 to {max(numbers):02d} without "
+            f"{directory} lacks {listed(map(shard_name, missing))}: expected the shards 00 to {max(numbers):02d} without "
             f"a hole, got {len(numbers)} of them",
-            path=directory / _shard_name(missing[0]),
+            path=directory / shard_name(missing[0]),
             hint="download the missing file",
         )
     return candidates
 
 
-def _shard_name(number: int) -> str:
+def shard_name(number: int) -> str:
+    """What is file number i called?"""
     return f"consolidated.{number:02d}.pth"
 
 
@@ -181,6 +184,20 @@ def _read_params(file: Path) -> dict[str, Any]:
             f"{file}: use_scaled_rope is {params['use_scaled_rope']!r}, expected true or false", path=file
         )
     return params
+
+
+def spec_from_params(file: Path) -> LlamaSpec:
+    """The model that a params.json describes without its files, untied. Raises FormatError where it does not say enough."""
+    params = _read_params(file)
+    if params.get("vocab_size", -1) <= 0 or "multiple_of" not in params:
+        lacking = "vocab_size" if params.get("vocab_size", -1) <= 0 else "multiple_of"
+        raise FormatError(
+            f"{file} does not say {lacking}, and there are no files of Meta's beside it that would",
+            path=file,
+            hint="--model with a config.json, or a flavor",
+        )
+    ffn_dim = ffn_dim_from_params(params["dim"], params.get("ffn_dim_multiplier"), params["multiple_of"])
+    return _spec_of(params, file, params.get("n_kv_heads", params["n_heads"]), ffn_dim, params["vocab_size"])
 
 
 # -- the files against each other and against params.json
@@ -273,7 +290,7 @@ def _check_count(
         return  # not a matter of their number: the check of the shapes says it
     expected = rows // part
     if got < expected:
-        missing = [_shard_name(i) for i in range(got, expected)]
+        missing = [shard_name(i) for i in range(got, expected)]
         raise FormatError(
             f"{directory} lacks {listed(missing)}: {_WQ} has {part} of {rows} rows in each file, so there were "
             f"{expected} files, got {got}",
@@ -281,7 +298,7 @@ def _check_count(
             hint="download the missing file",
         )
     if got > expected:
-        extra = [_shard_name(i) for i in range(expected, got)]
+        extra = [shard_name(i) for i in range(expected, got)]
         raise FormatError(
             f"{directory} has {listed(extra)} too many: {_WQ} has {part} of {rows} rows in each file, so there were "
             f"{expected} files, got {got}",
@@ -302,21 +319,7 @@ def _spec(
         by_output = first.get(_OUTPUT)
         by_vocabulary = by_output is not None or first[_EMBEDDING].shape[-1] == params["dim"]
         vocab_size = (by_output or first[_EMBEDDING]).shape[0] * (count if by_vocabulary else 1)
-    try:
-        spec = LlamaSpec(
-            dim=params["dim"],
-            n_layers=params["n_layers"],
-            n_heads=params["n_heads"],
-            n_kv_heads=n_kv_heads,
-            ffn_dim=first[_W1].shape[0] * count,
-            vocab_size=vocab_size,
-            head_dim=params.get("head_dim", 0),
-            rope_theta=float(params.get("rope_theta", 10000.0)),  # absent in Llama 1 and 2
-            norm_eps=float(params.get("norm_eps", 1e-5)),
-            rope_scaling=scaling_of_release(params["dim"]) if params.get("use_scaled_rope") else None,
-        )
-    except LayoutError as e:
-        raise FormatError(f"{file}: {e.message}", path=file) from None
+    spec = _spec_of(params, file, n_kv_heads, first[_W1].shape[0] * count, vocab_size)
     if "multiple_of" in params:
         formula = ffn_dim_from_params(spec.dim, params.get("ffn_dim_multiplier"), params["multiple_of"])
         if formula != spec.ffn_dim:
@@ -327,6 +330,24 @@ def _spec(
                 path=file,
             )
     return spec, repeats
+
+
+def _spec_of(params: Mapping[str, Any], file: Path, n_kv_heads: int, ffn_dim: int, vocab_size: int) -> LlamaSpec:
+    try:
+        return LlamaSpec(
+            dim=params["dim"],
+            n_layers=params["n_layers"],
+            n_heads=params["n_heads"],
+            n_kv_heads=n_kv_heads,
+            ffn_dim=ffn_dim,
+            vocab_size=vocab_size,
+            head_dim=params.get("head_dim", 0),
+            rope_theta=float(params.get("rope_theta", 10000.0)),  # absent in Llama 1 and 2
+            norm_eps=float(params.get("norm_eps", 1e-5)),
+            rope_scaling=scaling_of_release(params["dim"]) if params.get("use_scaled_rope") else None,
+        )
+    except LayoutError as e:
+        raise FormatError(f"{file}: {e.message}", path=file) from None
 
 
 def _kv_heads(
@@ -438,6 +459,11 @@ _CUT_DIM = {
 }
 
 
+def cut_dim(name: str) -> int | None:
+    """Along which dim do Llama 3's files cut this tensor? None: it is whole in all of them."""
+    return _CUT_DIM.get(row_of(name))
+
+
 def write_meta(
     directory: Path | str,
     state_dict: Mapping[str, torch.Tensor],
@@ -474,7 +500,7 @@ def write_meta(
             if spec.tied:  # as released: two names of one storage, where both are cut alike
                 whole = state_dict[_EMBEDDING]
                 part[_OUTPUT] = part[_EMBEDDING] if embedding_dim == 0 else _cut(_OUTPUT, whole, (i, shards), 0, 0)
-            with (temporary / _shard_name(i)).open("wb") as stream:
+            with (temporary / shard_name(i)).open("wb") as stream:
                 torch.save(part, stream)
                 _flush(stream)
         with (temporary / PARAMS).open("w", encoding="utf-8") as text:

@@ -82,7 +82,7 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, x_BKSE: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         out = x_BKSE.new_empty(group.size() * x_BKSE.shape[0], *x_BKSE.shape[1:])
-        dist.all_gather_into_tensor(out, x_BKSE.contiguous(), group=group)
+        dist.all_gather_single(out, x_BKSE.contiguous(), group=group)
         # (ranks * B, K, S, E) -> (B, K, ranks * S, E)
         by_rank: Tensor = out.unflatten(0, (group.size(), -1))  # type: ignore[no-untyped-call]
         return by_rank.permute(1, 2, 0, 3, 4).flatten(2, 3)
@@ -92,5 +92,5 @@ class _AllGather(torch.autograd.Function):
         # (B, K, ranks * S, E) -> (ranks * B, K, S, E)
         parts = grad_BKTE.unflatten(2, (ctx.group.size(), -1)).permute(2, 0, 1, 3, 4)  # type: ignore[no-untyped-call]
         mine = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
-        dist.reduce_scatter_tensor(mine, parts.flatten(0, 1).contiguous(), group=ctx.group)
+        dist.reduce_scatter_single(mine, parts.flatten(0, 1).contiguous(), group=ctx.group)
         return mine, None

@@ -141,6 +141,32 @@ def check_fit(layout: Layout, spec: LlamaSpec, config: Config) -> None:
             )
     if layout.pp > 1:
         split_layers(spec, stage_count(config.parallelism), config.parallelism.pipeline_parallel_split_points, seq_len)
+        _check_schedule(layout, config)
+
+
+def _check_schedule(layout: Layout, config: Config) -> None:
+    """Can this schedule run what the config asks for? Raises LayoutError."""
+    p, recompute = config.parallelism, config.activation_checkpoint
+    fewest = p.pipeline_parallel_microbatches
+    if p.pipeline_parallel_schedule == "1F1B" and fewest is not None and fewest < layout.pp:
+        raise LayoutError(
+            f"parallelism.pipeline_parallel_microbatches is {fewest}, but 1F1B needs at least one for each of the "
+            f"{layout.pp} stages",
+            hint=f"--parallelism.pipeline_parallel_microbatches {layout.pp}, or leave it out",
+        )
+    if p.pipeline_parallel_schedule != "ZBVZeroBubble":
+        return
+    # It goes backward twice through each block, first for the inputs and later for the weights.
+    if config.training.compile:
+        raise LayoutError(
+            "ZBVZeroBubble cannot run compiled blocks, and training.compile is true",
+            hint="--training.compile false, or another parallelism.pipeline_parallel_schedule",
+        )
+    if recompute.mode == "selective" and recompute.selective_ac_option == "op":
+        raise LayoutError(
+            "ZBVZeroBubble cannot recompute by operation, and activation_checkpoint.selective_ac_option is `op`",
+            hint="--activation_checkpoint.selective_ac_option 2, or another parallelism.pipeline_parallel_schedule",
+        )
 
 
 @dataclass(frozen=True)
@@ -164,7 +190,7 @@ class Batches:
 def plan_batches(layout: Layout, config: Config, global_batch_size: int) -> Batches:
     """Micro-batches of at most training.batch_size sequences, as many as the pipeline needs.
 
-    global_batch_size: sequences per optimizer step, already resolved (never -1). Raises LayoutError.
+    global_batch_size: sequences per optimizer step, already resolved (never -1). Raises LayoutError where it is 0.
     """
     if global_batch_size < 1:
         raise LayoutError(f"the global batch has {global_batch_size} sequences, expected at least 1")
@@ -173,16 +199,10 @@ def plan_batches(layout: Layout, config: Config, global_batch_size: int) -> Batc
     count = -(-share // size)
     if layout.pp > 1:
         p = config.parallelism
-        fewest = p.pipeline_parallel_microbatches or max(count, stage_count(p))
-        if p.pipeline_parallel_schedule == "1F1B" and fewest < layout.pp:
-            raise LayoutError(
-                f"parallelism.pipeline_parallel_microbatches is {fewest}, but 1F1B needs at least one for each of the "
-                f"{layout.pp} stages",
-            )
-        size = max(1, -(-share // fewest))
-        count = max(fewest, -(-share // size))
+        count = p.pipeline_parallel_microbatches or max(count, stage_count(p))
         if p.pipeline_parallel_schedule == "Interleaved1F1B":
             count = -(-count // layout.pp) * layout.pp  # it runs them in rounds of pp
+        size = -(-share // count)
     return Batches(share, count, size)
 
 

@@ -113,11 +113,6 @@ def parts_of_rank(rank: int, spec: LlamaSpec, parallelism: Parallelism, seq_len:
     return [(s, Part(layers[s], embed=s == 0, head=s == stages - 1)) for s in mine]
 
 
-def fewest_microbatches(parallelism: Parallelism) -> int:
-    """How many micro-batches keep the schedule running?"""
-    return stage_count(parallelism)
-
-
 @dataclass
 class Pipeline:
     """The stages of one rank and the schedule that runs them, for batches of one shape."""

@@ -1,0 +1,464 @@
+"""How does llama.cpp want a Llama? One GGUF file: sizes as key-values, the tokenizer, the tensors.
+
+Rows of wq and wk lie as in Meta's files. Norms are always float32. Llama 3.1's stretched RoPE is a tensor of its own,
+rope_freqs.weight: what each frequency is divided by. A tied model has no output.weight.
+Quantised files can be read, to float32, with the `gguf` library. Source: llama.cpp's conversion/llama.py; ggml's gguf.md.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import pi, prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reshard.errors import FormatError, LayoutError, TensorMismatch, listed
+from reshard.formats.cast import cast, restored
+from reshard.formats.dialects import OUTPUT, check_shapes
+from reshard.formats.gguf_file import PLAIN, GgufFile, Info, lay_out, read_gguf
+from reshard.formats.hf_config import context_length, token_ids
+from reshard.formats.output import Copy, Output, whole
+from reshard.formats.protocol import ITEM_BYTES, Block, LazyTensor, Ledger, Region, Source, StoredTensor
+from reshard.formats.tokenizer_json import tokenizer_json
+from reshard.model.names import Dialect, canonical_names, foreign_name
+from reshard.model.spec import LlamaSpec, RopeScaling, parameter_shapes
+
+log = logging.getLogger(__name__)
+
+ROPE_FREQS = "rope_freqs.weight"
+# With "blk." spelled "layers.", where a layer's number is looked for.
+GGUF = Dialect(
+    "GGUF",
+    {
+        "token_embd.weight": "tok_embeddings.weight",
+        "output_norm.weight": "norm.weight",
+        "output.weight": "output.weight",
+        **{
+            f"layers.LAYER.{theirs}.weight": f"layers.LAYER.{ours}.weight"
+            for theirs, ours in {
+                "attn_norm": "attention_norm", "attn_q": "attention.wq", "attn_k": "attention.wk",
+                "attn_v": "attention.wv", "attn_output": "attention.wo", "ffn_norm": "ffn_norm",
+                "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3",
+            }.items()
+        },
+    },
+    frozenset({ROPE_FREQS}),
+)  # fmt: skip
+_FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
+_DTYPE_OF_FILE = {number: dtype for dtype, number in _FILE_TYPES.items()}
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types
+
+
+def rope_factors(spec: LlamaSpec) -> NDArray[np.float32] | None:
+    """What llama.cpp divides each frequency by: (head_dim / 2,) float32. None without scaling."""
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return None
+    exponent = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
+    frequencies = 1.0 / np.power(np.float32(spec.rope_theta), exponent, dtype=np.float32)
+    factors = []
+    for frequency in frequencies.astype(float):
+        wavelength = 2 * pi / frequency
+        if wavelength < scaling.original_context / scaling.high_freq_factor:
+            factors.append(1.0)
+        elif wavelength > scaling.original_context / scaling.low_freq_factor:
+            factors.append(scaling.factor)
+        else:
+            ramp = scaling.original_context / wavelength - scaling.low_freq_factor
+            ramp /= scaling.high_freq_factor - scaling.low_freq_factor
+            factors.append(1 / ((1 - ramp) / scaling.factor + ramp))
+    return np.array(factors, np.float32)
+
+
+# -- reading
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A LazyTensor whose rows are dequantised as they are read, to float32."""
+
+    name: str
+    shape: tuple[int, ...]
+    region: Region
+    ggml_type: int
+    dtype: str = "float32"
+    grain: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """See LazyTensor."""
+        return prod(self.shape) * 4
+
+    def fill(self, buffer: NDArray[np.uint8], start: int, stop: int, ledger: Ledger | None = None) -> None:
+        """See LazyTensor."""
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        rows = self.shape[0] if len(self.shape) > 1 else 1
+        width = self.region.nbytes // rows
+        if len(self.shape) == 1:
+            start, stop, buffer_rows = 0, 1, slice(start, stop)
+        else:
+            buffer_rows = slice(None)
+        data = np.empty((stop - start) * width, np.uint8)
+        self.region.read_into(data, start * width, drop=ledger is not None and ledger.drops)
+        if ledger is not None:
+            ledger.note(self.region, start * width, data)
+        numbers = dequantize(data.reshape(stop - start, width), GGMLQuantizationType(self.ggml_type))
+        numbers = np.ascontiguousarray(numbers, np.float32).reshape(-1)[buffer_rows]
+        buffer[:] = numbers.view(np.uint8)
+
+
+def open_gguf(path: Path, model: LlamaSpec | None = None) -> Source:
+    """Which model lies in a GGUF file? Reads its header, and its norms.
+
+    model: only for a file whose RoPE factors are of no release. Raises FormatError, TensorMismatch.
+    """
+    file = read_gguf(path)
+    names = canonical_names([name.replace("blk.", "layers.") for name in file.tensors], GGUF, path=path)
+    by_canonical = {ours: file.tensors[theirs.replace("layers.", "blk.")] for theirs, ours in names.items()}
+    spec = model or _spec(file, tied=OUTPUT not in by_canonical)
+    check_shapes(path, {name: info.shape for name, info in by_canonical.items()}, spec)
+    main_dtype = _DTYPE_OF_FILE.get(file.values.get("general.file_type", -1), "float32")
+    tensors: dict[str, LazyTensor] = {}
+    for name in (*parameter_shapes(spec), *([OUTPUT] if spec.tied and OUTPUT in by_canonical else [])):
+        tensor = _tensor(file, name, by_canonical[name])
+        tensors[name] = restored(tensor, main_dtype) if len(tensor.shape) == 1 else tensor
+    return Source(
+        path,
+        spec,
+        tensors,
+        {
+            "kind": "import",
+            "format": "gguf",
+            "path": path.name,
+            "files": [{"name": path.name, "bytes": file.nbytes}],
+        },
+        _assets(file),
+        _about(file),
+    )
+
+
+def _tensor(file: GgufFile, name: str, info: Info) -> LazyTensor:
+    if info.ggml_type in PLAIN:
+        dtype = PLAIN[info.ggml_type]
+        nbytes = prod(info.shape) * ITEM_BYTES[dtype]
+        _check_place(file, info, nbytes)
+        rows = info.shape[0]
+        return StoredTensor(
+            name, info.shape, dtype,
+            (Block(Region(file.path, info.offset, nbytes), 0, 0, rows, 0, nbytes // rows if rows else 0),),
+        )  # fmt: skip
+    try:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf.quants import dequantize
+    except ImportError:
+        raise FormatError(
+            f"{file.path}: {info.name} is quantised (ggml type {info.ggml_type}), which the library `gguf` can read",
+            path=file.path,
+            hint="pip install 'reshard[gguf]'",
+        ) from None
+    try:
+        kind = GGMLQuantizationType(info.ggml_type)
+        per_block, block_bytes = GGML_QUANT_SIZES[kind]
+        dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except (ValueError, KeyError, NotImplementedError):
+        raise FormatError(
+            f"{file.path}: {info.name} is of ggml type {info.ggml_type}, which cannot be dequantised",
+            path=file.path,
+            hint="use a file of type F32, F16, BF16, Q8_0 or a K-quant",
+        ) from None
+    if not info.shape or info.shape[-1] % per_block:
+        raise FormatError(f"{file.path}: {info.name} {list(info.shape)} is no whole number of blocks", path=file.path)
+    nbytes = prod(info.shape) // per_block * block_bytes
+    _check_place(file, info, nbytes)
+    return Quantised(name, info.shape, Region(file.path, info.offset, nbytes), info.ggml_type)
+
+
+def _check_place(file: GgufFile, info: Info, nbytes: int) -> None:
+    if info.offset + nbytes > file.nbytes:
+        raise FormatError(
+            f"{file.path} is cut short: {info.name} ends at byte {info.offset + nbytes:,}, the file has {file.nbytes:,}",
+            path=file.path,
+            hint="copy or download this file again",
+        )
+
+
+def _spec(file: GgufFile, *, tied: bool) -> LlamaSpec:
+    values, path = file.values, file.path
+    architecture = values.get("general.architecture")
+    if architecture != "llama":
+        raise FormatError(f"{path} is of architecture {architecture!r}, expected 'llama'", path=path)
+
+    def natural(key: str, otherwise: int | None = None) -> int:
+        value = values.get(f"llama.{key}", otherwise)
+        if type(value) is not int or not 0 < value < 2**31:
+            raise FormatError(f"{path}: llama.{key} is {value!r}, expected a positive whole number", path=path)
+        return value
+
+    def real(key: str, otherwise: float | None = None) -> float:
+        value = values.get(f"llama.{key}", otherwise)
+        if type(value) is not float or not 0 < value < float("inf"):
+            raise FormatError(f"{path}: llama.{key} is {value!r}, expected a positive number", path=path)
+        return _short(value)
+
+    kind = values.get("llama.rope.scaling.type", "none")
+    if kind not in ("none", "llama3"):
+        raise FormatError(f"{path}: RoPE is scaled by {kind!r}, expected rope_freqs.weight or none", path=path)
+    heads, dim = natural("attention.head_count"), natural("embedding_length")
+    head_dim = natural("attention.key_length", dim // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if natural(key, head_dim) != head_dim:
+            raise FormatError(f"{path}: llama.{key} is {natural(key)}, expected head_dim {head_dim}", path=path)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise TensorMismatch(f"{path} has no embedding", path=path, missing=["token_embd.weight"])
+    try:
+        spec = LlamaSpec(
+            dim=dim,
+            n_layers=natural("block_count"),
+            n_heads=heads,
+            n_kv_heads=natural("attention.head_count_kv", heads),
+            ffn_dim=natural("feed_forward_length"),
+            vocab_size=embedding.shape[0],
+            head_dim=head_dim,
+            rope_theta=real("rope.freq_base", 10000.0),
+            norm_eps=real("attention.layer_norm_rms_epsilon"),
+            tied=tied,
+        )
+    except LayoutError as error:
+        raise FormatError(f"{path}: {error.message}", path=path) from None
+    return replace(spec, rope_scaling=_scaling(file, spec))
+
+
+def _short(value: float) -> float:
+    """The number that somebody wrote, from its float32: 1e-05 rather than 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
+def _scaling(file: GgufFile, spec: LlamaSpec) -> RopeScaling | None:
+    info = file.tensors.get(ROPE_FREQS)
+    if info is None:
+        return None
+    if info.ggml_type != 0 or info.shape != (spec.head_dim // 2,):
+        raise FormatError(
+            f"{file.path}: {ROPE_FREQS} is {list(info.shape)}, expected {[spec.head_dim // 2]} F32", path=file.path
+        )
+    _check_place(file, info, 4 * info.shape[0])
+    data = np.empty(4 * info.shape[0], np.uint8)
+    Region(file.path, info.offset, len(data)).read_into(data, 0)
+    found = data.view(np.float32)
+    scaling = RopeScaling(factor=_short(float(found.max())))
+    expected = rope_factors(replace(spec, rope_scaling=scaling))
+    if expected is None or not np.allclose(found, expected, rtol=1e-4):
+        raise FormatError(
+            f"{file.path}: {ROPE_FREQS} is not what Llama 3.1's scaling by {scaling.factor:g} gives",
+            path=file.path,
+            hint="--model with the model's config.json, if its scaling is another one",
+        )
+    return scaling
+
+
+def _about(file: GgufFile) -> dict[str, Any]:
+    about: dict[str, Any] = {}
+    for ours, theirs in (
+        ("context_length", "llama.context_length"),
+        ("bos_token_id", "tokenizer.ggml.bos_token_id"),
+        ("eos_token_id", "tokenizer.ggml.eos_token_id"),
+    ):
+        if type(file.values.get(theirs)) is int:
+            about[ours] = file.values[theirs]
+    return about
+
+
+def _assets(file: GgufFile) -> dict[str, Path | bytes]:
+    """The tokenizer as tokenizer.json, where it is a byte-level BPE."""
+    values = file.values
+    tokens, types = values.get("tokenizer.ggml.tokens"), values.get("tokenizer.ggml.token_type")
+    merges = values.get("tokenizer.ggml.merges")
+    if values.get("tokenizer.ggml.model") != "gpt2" or not tokens or not types or merges is None:
+        if tokens:
+            log.warning("%s: its tokenizer is not a byte-level BPE, it is left behind", file.path)
+        return {}
+    if values.get("tokenizer.ggml.pre") != "llama-bpe" or len(types) != len(tokens):
+        log.warning("%s: its tokenizer cuts text in a way that is not Llama 3's, it is left behind", file.path)
+        return {}
+    vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _NORMAL}
+    special = [(i, tokens[i], types[i]) for i in range(len(tokens)) if types[i] in (_CONTROL, _USER_DEFINED)]
+    assets: dict[str, Path | bytes] = {
+        "tokenizer.json": tokenizer_json(vocabulary, merges, [(i, text, kind == _CONTROL) for i, text, kind in special],
+                                         values.get("tokenizer.ggml.bos_token_id")),
+    }  # fmt: skip
+    template = values.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        assets["chat_template.jinja"] = template.encode()
+    return assets
+
+
+# -- writing
+
+
+def plan_gguf(
+    source: Source,
+    spec: LlamaSpec,
+    file: str,
+    *,
+    dtype: str | None = None,
+    assets: Mapping[str, Path | bytes] | None = None,
+    name: str = "",
+) -> Output:
+    """One GGUF file. dtype: of the matrices; norms are float32. Raises FormatError for float64."""
+    tensors: list[tuple[str, LazyTensor]] = []
+    for canonical in parameter_shapes(spec):
+        tensor = source.tensors[canonical]
+        wanted = "float32" if len(tensor.shape) == 1 else dtype or tensor.dtype
+        if wanted not in _FILE_TYPES:
+            raise FormatError(
+                f"{source.path}: {canonical} is {wanted}, a GGUF file holds {listed(_FILE_TYPES)}",
+                path=source.path,
+                hint="--dtype float32 or --dtype bfloat16",
+            )
+        tensors.append((_foreign(canonical), cast(tensor, wanted)))
+    factors = rope_factors(spec)
+    if factors is not None:
+        tensors.insert(1, (ROPE_FREQS, Constant(ROPE_FREQS, factors)))
+    matrices = [tensor.dtype for _, tensor in tensors if len(tensor.shape) > 1]
+    main = max(set(matrices), key=matrices.count)
+    values: dict[str, Any] = {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": name or source.path.resolve().stem,
+        "general.file_type": _FILE_TYPES[main],
+        "general.quantization_version": 2,
+        "llama.context_length": context_length(spec, source.about),
+        "llama.embedding_length": spec.dim,
+        "llama.block_count": spec.n_layers,
+        "llama.feed_forward_length": spec.ffn_dim,
+        "llama.attention.head_count": spec.n_heads,
+        "llama.attention.head_count_kv": spec.n_kv_heads,
+        "llama.attention.key_length": spec.head_dim,
+        "llama.attention.value_length": spec.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": float(spec.norm_eps),
+        "llama.rope.freq_base": float(spec.rope_theta),
+        "llama.rope.dimension_count": spec.head_dim,
+        "llama.vocab_size": spec.vocab_size,
+        **_tokenizer_values(source.assets if assets is None else assets, spec, source.about),
+    }
+    described = [(theirs, tensor.shape, tensor.dtype, tensor.nbytes) for theirs, tensor in tensors]
+    out, offsets = lay_out(file, values, described)
+    copies = tuple(
+        Copy(tensor, (whole(file, offset, tensor),)) for (_, tensor), offset in zip(tensors, offsets, strict=True)
+    )
+    return Output("gguf", (out,), copies, alone=True)
+
+
+def _foreign(canonical: str) -> str:
+    return foreign_name(canonical, GGUF).replace("layers.", "blk.")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A LazyTensor of numbers that were computed."""
+
+    name: str
+    values: NDArray[np.float32]
+    dtype: str = "float32"
+    grain: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See LazyTensor."""
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        """See LazyTensor."""
+        return self.values.nbytes
+
+    def fill(self, buffer: NDArray[np.uint8], start: int, stop: int, ledger: Ledger | None = None) -> None:
+        """See LazyTensor."""
+        buffer[:] = self.values[start:stop].view(np.uint8)
+
+
+def _tokenizer_values(assets: Mapping[str, Path | bytes], spec: LlamaSpec, about: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer.ggml.* from a tokenizer.json; nothing where there is none that llama.cpp could use."""
+    content = asset_json(assets, "tokenizer.json")
+    if content is None:
+        return {}
+    model = content.get("model") or {}
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        log.warning(
+            "the tokenizer is not a byte-level BPE, the GGUF file goes without: llama.cpp cannot use it for text"
+        )
+        return {}
+    tokens = [f"[PAD{i}]" for i in range(spec.vocab_size)]
+    types = [_UNUSED] * spec.vocab_size
+    entries = [(i, token, _NORMAL) for token, i in model["vocab"].items()]
+    entries += [
+        (t["id"], t["content"], _CONTROL if t.get("special") else _USER_DEFINED)
+        for t in content.get("added_tokens") or []
+    ]
+    for i, token, kind in entries:
+        if i >= spec.vocab_size:
+            log.warning(
+                "the tokenizer has more tokens than the model's %d, the GGUF file goes without", spec.vocab_size
+            )
+            return {}
+        tokens[i], types[i] = token, kind
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+    values: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _pre(content.get("pre_tokenizer")),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges,
+    }
+    ids = token_ids(spec, about)
+    for key, name in (("bos_token_id", "tokenizer.ggml.bos_token_id"), ("eos_token_id", "tokenizer.ggml.eos_token_id")):
+        value = ids.get(key)
+        value = value[0] if isinstance(value, list) and value else value
+        if type(value) is int and 0 <= value < spec.vocab_size:
+            values[name] = value
+    if "tokenizer.ggml.bos_token_id" in values:
+        values["tokenizer.ggml.add_bos_token"] = True
+    template = assets.get("chat_template.jinja")
+    if template is not None:
+        values["tokenizer.chat_template"] = (
+            template if isinstance(template, bytes) else template.read_bytes()
+        ).decode()
+    else:
+        said = (asset_json(assets, "tokenizer_config.json") or {}).get("chat_template")
+        if isinstance(said, str):
+            values["tokenizer.chat_template"] = said
+    return values
+
+
+def _pre(pre_tokenizer: Any) -> str:
+    """llama.cpp's name for how the text is cut before bytes are merged."""
+    text = json.dumps(pre_tokenizer)
+    if r"\\p{N}{1,3}" in text:
+        return "llama-bpe"
+    if '"Split"' not in text and '"ByteLevel"' in text:
+        return "gpt-2"
+    log.warning("the tokenizer cuts text in a way that llama.cpp has no name for; its tokens there may differ")
+    return "default"
+
+
+def asset_json(assets: Mapping[str, Path | bytes], name: str) -> dict[str, Any] | None:
+    """A JSON file that travels with the weights. Raises FormatError where it is none."""
+    content = assets.get(name)
+    if content is None:
+        return None
+    try:
+        data = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{name} is not JSON: {error}", path=name) from None
+    if not isinstance(data, dict):
+        raise FormatError(f"{name} holds a {type(data).__name__}, expected a JSON object", path=name)
+    return data
