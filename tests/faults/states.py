@@ -178,7 +178,7 @@ class Report:
     states: int = 0
     distinct: int = 0
     ways: Counter[str] = field(default_factory=Counter)
-    chosen: Counter[str] = field(default_factory=Counter)
+    outcomes: dict[str, Counter[str]] = field(default_factory=dict)  # of distinct states, by "killed" or "power lost"
     failures: list[str] = field(default_factory=list)
 
 
@@ -207,7 +207,7 @@ def try_all(story: Story, states: Iterator[State], place: Path, judge: Judge | N
             said, chosen = judge(story, state, folder, digests)
         except Exception as error:  # nothing may go wrong here, whatever it is
             said, chosen = [f"{type(error).__name__}: {error}"], "an error"
-        report.chosen[chosen] += 1
+        report.outcomes.setdefault("power lost" if state.lost else "killed", Counter())[chosen] += 1
         what = story.history.ops[state.call].what if state.call >= 0 else "nothing"
         report.failures += [f"after call {state.call} ({what}), {state.how}: {line}" for line in said]
         if folder.exists():

@@ -85,6 +85,10 @@ VARIANTS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "recompute by operation": (
         {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"}}, "cp2; pp2; pp2.tp2; fsdp2.cp2",
     ),
+    "ring attention": (
+        {"model": {"n_kv_heads": 4}, "parallelism": {"context_parallel_method": "ring"}},
+        "cp2; cp4; cp8; rep2.cp2; fsdp2.cp2; cp2.tp2; pp2.cp2; pp2:ZBVZeroBubble.cp2; pp2.cp2.tp2",
+    ),
     "whole logits": ({"parallelism": {"disable_loss_parallel": True}}, "tp2; pp2.tp2; pp2:ZBVZeroBubble.tp2"),
     "freed after forward": ({"parallelism": {"fsdp_reshard_after_forward": "always"}}, "pp2.fsdp2; pp2:ZBVZeroBubble.fsdp2"),
 }  # fmt: skip

@@ -95,7 +95,7 @@ class Fed(Passes):
     def __init__(self, **given: Any) -> None:
         super().__init__(
             parts=[], positions_S=torch.arange(SEQ_LEN), groups=[], device=torch.device("cpu"),
-            loss_context=lambda: torch.enable_grad(), tokens_per_step=1, hidden=torch.empty, **given,
+            loss_context=torch.enable_grad, tokens_per_step=1, hidden=torch.empty, **given,
         )  # fmt: skip
 
     def _forward_backward(self, inputs_BS: torch.Tensor, labels_BS: torch.Tensor) -> list[torch.Tensor]:

@@ -14,6 +14,7 @@ from reshard.model.llama import Llama, causal_attention
 from reshard.model.spec import FLAVORS, LlamaSpec
 from reshard.parallel.context import GatheringAttention, apply_context_parallel, positions_of
 from reshard.parallel.dims import Layout, check_fit
+from reshard.parallel.ring import RingAttention
 
 SEQ_LEN = 48
 
@@ -73,8 +74,8 @@ def test_a_ranks_queries_see_what_they_see_in_the_whole_sequence(
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
 
 
-def test_every_block_shares_its_attention(alone: dist.ProcessGroup) -> None:
-    spec = LlamaSpec(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=64, rope_theta=10000.0)
-    model = Llama(spec)
-    apply_context_parallel(model, alone, 16)
-    assert all(isinstance(block.attention.attend, GatheringAttention) for block in model.layers.values())
+@pytest.mark.parametrize(("method", "kind"), [("auto", GatheringAttention), ("gather", GatheringAttention), ("ring", RingAttention)])
+def test_every_block_shares_its_attention(method: str, kind: type, alone: dist.ProcessGroup) -> None:
+    model = Llama(LlamaSpec(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=64))
+    apply_context_parallel(model, alone, 16, method, torch.float32)
+    assert all(isinstance(block.attention.attend, kind) for block in model.layers.values())
