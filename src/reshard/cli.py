@@ -18,7 +18,7 @@ from typing import Literal
 import click
 
 from reshard.config import Config, config_to_toml, load_config, sections
-from reshard.errors import LayoutError, ReshardError, listed
+from reshard.errors import ReshardError, listed
 
 logger = logging.getLogger("reshard")
 
@@ -108,11 +108,6 @@ def config(arguments: Sequence[str], keys: bool, checking: bool, world_size: int
     if checking:
         from reshard.commands.check import check
 
-        if resolved.checkpoint.create_seed_checkpoint and world_size != 1:
-            raise LayoutError(
-                f"a seed checkpoint is made by one process, but {world_size} are to be started",
-                hint="NGPU=1, or `reshard seed`",
-            )
         check(resolved, world_size)
     else:
         click.echo(config_to_toml(resolved), nl=False)

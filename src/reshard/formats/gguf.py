@@ -32,6 +32,7 @@ from reshard.model.spec import LlamaSpec, RopeScaling, parameter_shapes
 log = logging.getLogger(__name__)
 
 ROPE_FREQS = "rope_freqs.weight"
+_SCALING_KEYS = "reshard.rope_scaling."
 # With "blk." spelled "layers.", where a layer's number is looked for.
 GGUF = Dialect(
     "GGUF",
@@ -254,7 +255,11 @@ def _scaling(file: GgufFile, spec: LlamaSpec) -> RopeScaling | None:
     data = np.empty(4 * info.shape[0], np.uint8)
     Region(file.path, info.offset, len(data)).read_into(data, 0)
     found = data.view(np.float32)
-    scaling = RopeScaling(factor=_short(float(found.max())))
+    said = [file.values.get(f"{_SCALING_KEYS}{key}") for key in ("factor", "low", "high", "original")]
+    if all(type(value) is float and 0 < value < float("inf") for value in said):  # we wrote it
+        scaling = RopeScaling(*map(_short, said[:3]), int(said[3]))
+    else:  # the slowest frequencies are divided by the factor itself
+        scaling = RopeScaling(factor=_short(float(found.max())))
     expected = rope_factors(replace(spec, rope_scaling=scaling))
     if expected is None or not np.allclose(found, expected, rtol=1e-4):
         raise FormatError(
@@ -348,6 +353,7 @@ def plan_gguf(
         "llama.rope.freq_base": float(spec.rope_theta),
         "llama.rope.dimension_count": spec.head_dim,
         "llama.vocab_size": spec.vocab_size,
+        **_scaling_values(spec),
         **_tokenizer_values(source.assets if assets is None else assets, spec, source.about),
     }
     described = [(theirs, tensor.shape, tensor.dtype, tensor.nbytes) for theirs, tensor in tensors]
@@ -356,6 +362,17 @@ def plan_gguf(
         Copy(tensor, (whole(file, offset, tensor),)) for (_, tensor), offset in zip(tensors, offsets, strict=True)
     )
     return Output("gguf", (out,), copies, alone=True)
+
+
+def _scaling_values(spec: LlamaSpec) -> dict[str, float]:
+    """The scaling in numbers, for ourselves: of small heads the tensor does not show the factor."""
+    if spec.rope_scaling is None:
+        return {}
+    s = spec.rope_scaling
+    values = {
+        "factor": s.factor, "low": s.low_freq_factor, "high": s.high_freq_factor, "original": s.original_context,
+    }  # fmt: skip
+    return {f"{_SCALING_KEYS}{key}": float(value) for key, value in values.items()}
 
 
 def _foreign(canonical: str) -> str:

@@ -171,7 +171,7 @@ def check_layout(output: Output) -> None:
         spans[file.name] += [(offset, offset + len(data)) for offset, data in parts]
         at = 0
         for start, stop in sorted(spans[file.name]):
-            assert start == at or start == stop, f"{file.name}: byte {min(at, start)} is written twice or never"
+            assert start in (at, stop), f"{file.name}: byte {min(at, start)} is written twice or never"
             at = max(at, stop)
         assert at == file.nbytes, f"{file.name}: {at} bytes laid out of {file.nbytes}"
     for copy in output.copies:

@@ -113,6 +113,7 @@ def _train(
             logger.info("%s has reached training.steps %d: nothing to do", start.directory, t.steps)
             return Outcome(start.manifest.step, None, start.directory)
         check_data(start, fingerprint, config)
+        ranks.on_first(lambda: check_space(folder, spec, config))
 
     # -- the model, this rank's part of it -----------------------------------------------------------------------
     begun = time.perf_counter()
@@ -122,8 +123,6 @@ def _train(
     models = [_part_of_model(part, mesh, positions_S, config, world, layout, spec, compute) for _, part in stages]
     parameters = {name: p for model in models for name, p in model.named_parameters()}
     optimizer = build_optimizer(parameters, config.optimizer, tied=spec.tied)
-    if config.checkpoint.enable_checkpoint:
-        ranks.on_first(lambda: check_space(folder, spec, config))
 
     state = TrainState(global_batch_size=fresh_global_batch(config, layout.dp), rng_seed=t.rng_seed)
     start, state, lost = load_or_fall_back(start, state, config, spec, fingerprint, parameters, optimizer, ranks)
