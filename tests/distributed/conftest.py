@@ -1,4 +1,4 @@
-"""Real ranks for the tests: `launch` starts N processes, each calling reshard.train.loop.train, and brings back what they saw."""
+"""Real ranks for the tests: `launch` starts N processes that call reshard.train.loop.train, and brings back what they saw."""
 
 from __future__ import annotations
 
@@ -124,11 +124,12 @@ class Launcher:
 
     def _ask(self, request: dict[str, Any]) -> str:
         if self._zygote is None:
-            self._zygote = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("ranks.py"))],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(self._place / "stderr", "w"),
-                text=True, env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
-            )  # fmt: skip
+            alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+            with open(self._place / "stderr", "w") as stderr:
+                self._zygote = subprocess.Popen(
+                    [sys.executable, str(Path(__file__).with_name("ranks.py"))],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=alone,
+                )  # fmt: skip
         assert self._zygote.stdin is not None
         assert self._zygote.stdout is not None
         self._zygote.stdin.write(json.dumps(request) + "\n")
@@ -189,7 +190,7 @@ def tiny(shared: Path) -> Tiny:
             "optimizer": {"lr": 2e-3},
             "training": {
                 "dataset": str(shared / "text.txt"), "cache_folder": str(shared / "tokens"), "seq_len": SEQ_LEN,
-                "batch_size": 2, "global_batch_size": GLOBAL_BATCH, "steps": 4, "warmup_steps": 2,
+                "batch_size": 2, "global_batch_size": GLOBAL_BATCH, "steps": 4, "warmup_steps": 2, "max_norm": 0.5,
             },
             "parallelism": dict.fromkeys(DEGREES, 1) | LAYOUTS[layout],
             "checkpoint": {"enable_checkpoint": True, "interval": 1000},

@@ -56,9 +56,7 @@ class Watch:
         self.before: dict[str, str] = {}  # name -> digest, as the first optimizer step found it
         self.after: dict[str, str] = {}  # and as the last one left it
         self._model: Llama | None = None
-        self._removable = [
-            register_module_forward_pre_hook(lambda m, i: self._see_forward(m, i, sequences))
-        ]
+        self._removable = [register_module_forward_pre_hook(lambda m, i: self._see_forward(m, i, sequences))]
         if tensors:
             self._removable += [
                 register_optimizer_step_pre_hook(lambda o, _a, _k: self._see_step(o, first=True)),
@@ -71,7 +69,9 @@ class Watch:
         if isinstance(module, Llama):
             self._model = module
             if sequences and module.training and not inputs[0].is_floating_point():
-                self.fed.append([hashlib.blake2b(row.numpy().tobytes(), digest_size=8).hexdigest() for row in inputs[0]])
+                self.fed.append(
+                    [hashlib.blake2b(row.numpy().tobytes(), digest_size=8).hexdigest() for row in inputs[0]]
+                )
 
     def _see_step(self, optimizer: Any, *, first: bool) -> None:
         if first and self.before:

@@ -37,7 +37,8 @@ print(json.dumps({n: hashlib.blake2b(f"{t.dtype} {tuple(t.shape)} ".encode()
 
 
 def python(*arguments: str | Path) -> str:
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -131,7 +132,10 @@ def test_plain_torch_loads_ours_into_a_module_and_an_optimizer(runs: dict[str, P
     optimizer = torch.optim.AdamW(model.parameters())
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     moments = get_optimizer_state_dict(model, optimizer, options=options)
-    wanted = {"model": get_model_state_dict(model), "optimizer": {n: t for n, t in moments.items() if n.startswith("state.")}}
+    wanted = {
+        "model": get_model_state_dict(model),
+        "optimizer": {n: t for n, t in moments.items() if n.startswith("state.")},
+    }
     dcp.load(wanted, checkpoint_id=str(runs["full"] / "step-2"), no_dist=True)
     set_model_state_dict(model, wanted["model"])
     stored = plain(runs["full"] / "step-2")

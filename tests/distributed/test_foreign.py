@@ -18,7 +18,10 @@ FREQUENCIES = torch.polar(torch.ones(64, 8), torch.outer(torch.arange(64.0), tor
 
 def weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return {name: (torch.randn(shape, generator=generator) * 0.05).to(dtype) for name, shape in parameter_shapes(SPEC).items()}
+    return {
+        name: (torch.randn(shape, generator=generator) * 0.05).to(dtype)
+        for name, shape in parameter_shapes(SPEC).items()
+    }
 
 
 def torchtitan_early_2025(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -36,7 +39,7 @@ def torchtitan_early_2025(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
 
 KINDS = {
-    "flat": lambda dtype: weights(dtype),
+    "flat": weights,
     "flat with freqs_cis": lambda dtype: {**weights(dtype), "freqs_cis": FREQUENCIES},
     "weights under model.": lambda dtype: {"model": {**weights(dtype), "freqs_cis": FREQUENCIES}},
     "torchtitan, full": torchtitan_early_2025,
@@ -83,7 +86,9 @@ def stored_zeros(before: dict[str, str]) -> bool:
     shapes = parameter_shapes(SPEC)
     by_shape: dict[Any, set[str]] = {}
     for name, shape in shapes.items():
-        by_shape.setdefault(shape, set()).update(before[f"optimizer.state.{name}.{key}"] for key in ("exp_avg", "exp_avg_sq"))
+        by_shape.setdefault(shape, set()).update(
+            before[f"optimizer.state.{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")
+        )
     return all(len(digests) == 1 for digests in by_shape.values())
 
 
@@ -143,7 +148,9 @@ def test_a_foreign_step_that_is_not_step_0_is_not_resumed(launch: Any, tiny: Any
 def test_a_damaged_foreign_file_is_found_by_its_stored_crc(launch: Any, tiny: Any, tmp_path: Path) -> None:
     directory = plain_save(torchtitan_early_2025(), tmp_path / "checkpoint/step-0")
     metadata = dcp.FileSystemReader(str(directory)).read_metadata()
-    ((_, place),) = ((i, p) for i, p in metadata.storage_data.items() if i.fqn == "model.layers.1.feed_forward.w2.weight")
+    ((_, place),) = (
+        (i, p) for i, p in metadata.storage_data.items() if i.fqn == "model.layers.1.feed_forward.w2.weight"
+    )
     path = directory / place.relative_path
     content = bytearray(path.read_bytes())
     content[place.offset + place.length // 2] ^= 1

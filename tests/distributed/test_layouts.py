@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from reshard.config import Config
+from reshard.model.llama import Llama
+from reshard.model.spec import LlamaSpec
+from reshard.text import TrainingText, prepare
 
 STEPS = 4
 LOSS, WEIGHTS = 1e-11, 1e-9  # relative, and relative to the largest value of each tensor
@@ -155,10 +161,48 @@ def test_every_layout_computes_what_one_process_computes(
 
 
 @pytest.mark.parametrize(
-    ("layout", "title"), [(layout, title) for layout, titles in VARIANTS.items() for title in titles if "recompute" in title]
+    ("layout", "title"),
+    [(layout, title) for layout, titles in VARIANTS.items() for title in titles if "recompute" in title],
 )
 def test_recomputing_layers_do_recompute(layout: str, title: str, runs: Any) -> None:
     # Or else the cases above would compare a run with itself. The model has two layers.
     (_, (plain_rank, *_)), (_, (rank, *_)) = runs(layout, "plain"), runs(layout, title)
     extra = {"recompute 2": 1.5, "recompute 1": 2, "recompute op": 2, "recompute full": 2, "tied, recompute full": 2}
     assert rank.attentions == extra[title] * plain_rank.attentions > 0
+
+
+def test_one_process_is_a_plain_training_loop(
+    runs: Any, seeds: dict[str, Path], metrics: Any, plain: Any, tiny: Any
+) -> None:
+    """The run that all others are compared with, against twenty lines of plain torch: mean loss, clipping, AdamW, warm-up."""
+    folder, _ = runs("1", "plain")
+    config = Config().with_values(**both(tiny(folder, "1"), {"training": {"steps": STEPS}}))
+    data, _ = prepare(config, 512, progress=False)
+    text = TrainingText(data.train, 32, 0)
+    model = Llama(LlamaSpec(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=128, vocab_size=512)).double()
+    model.load_state_dict(plain(seeds["plain"]))
+    model.init_rope(torch.arange(32))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    rates = [
+        1e-3,
+        2e-3,
+        2e-3 * 2 / 3,
+        2e-3 / 3,
+    ]  # two steps of warm-up to 2e-3, then linearly to what step 5 would not have
+    for step, lr in enumerate(rates):
+        batch = torch.stack([torch.from_numpy(text[i]) for i in range(8 * step, 8 * step + 8)])
+        loss = torch.nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        found = metrics(folder)[step]
+        assert found[0] == step + 1
+        assert found[1] == pytest.approx(loss.item(), rel=LOSS, abs=0)
+        assert found[2] == pytest.approx(norm.item(), rel=LOSS, abs=0)
+        assert norm > 0.5  # so that clipping has something to do
+    for name, tensor in plain(folder / "checkpoint" / f"step-{STEPS}").items():
+        if name.startswith("model."):
+            wanted = model.state_dict()[name.removeprefix("model.")]
+            assert float((tensor - wanted).abs().max()) <= WEIGHTS * float(wanted.abs().max()), name

@@ -33,16 +33,18 @@ def test_mixed_precision_is_close_to_float32_but_not_float32(
     # bfloat16 has 8 bits: it must show, or else nothing was computed in it.
     assert abs(expected[0][1] - found[0][1]) > 1e-6
     # What is kept stays in float32.
-    assert {str(t.dtype) for n, t in plain(tmp_path / f"checkpoint/step-{STEPS}").items() if n.startswith("model.")} == {
-        "torch.float32"
-    }
+    assert {
+        str(t.dtype) for n, t in plain(tmp_path / f"checkpoint/step-{STEPS}").items() if n.startswith("model.")
+    } == {"torch.float32"}
 
 
 def test_mixed_precision_is_the_same_on_one_and_two_ranks(launch: Any, tiny: Any, tmp_path: Path, metrics: Any) -> None:
     # Products are rounded to bfloat16 alike wherever they are computed; only gradient sums differ, and those are float32.
     for layout in ("1", "fsdp2"):
         launch(tiny(tmp_path / layout, layout, training={"steps": STEPS, **MIXED}))
-    for (_, loss, norm), (_, other_loss, other_norm) in zip(metrics(tmp_path / "1"), metrics(tmp_path / "fsdp2"), strict=True):
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(
+        metrics(tmp_path / "1"), metrics(tmp_path / "fsdp2"), strict=True
+    ):
         assert other_loss == pytest.approx(loss, rel=1e-3)
         assert other_norm == pytest.approx(norm, rel=2e-2)
     first_1, first_2 = metrics(tmp_path / "1")[0], metrics(tmp_path / "fsdp2")[0]
@@ -54,7 +56,8 @@ def test_a_mixed_precision_run_resumes_bitwise(
     layout: str, launch: Any, tiny: Any, tmp_path: Path, metrics: Any, stored: Any
 ) -> None:
     training = {"steps": STEPS, **MIXED}
-    launch.each([tiny(tmp_path / "a", layout, training=training), tiny(tmp_path / "b", layout, training={**training, "stop_after": 3})])
+    stopped = tiny(tmp_path / "b", layout, training={**training, "stop_after": 3})
+    launch.each([tiny(tmp_path / "a", layout, training=training), stopped])
     launch(tiny(tmp_path / "b", layout, training=training))
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
     last = f"checkpoint/step-{STEPS}"
@@ -69,7 +72,8 @@ def test_bfloat16_throughout_trains_and_stores_bfloat16(
     for (_, loss, _), (_, other_loss, _) in zip(metrics(float32), metrics(tmp_path), strict=True):
         assert other_loss == pytest.approx(loss, rel=1e-2)
     saved = plain(tmp_path / f"checkpoint/step-{STEPS}")
-    assert {t.dtype for n, t in saved.items() if n.startswith("model.") or n.endswith(("exp_avg", "exp_avg_sq"))} == {torch.bfloat16}
+    kept = [t for n, t in saved.items() if n.startswith("model.") or n.endswith(("exp_avg", "exp_avg_sq"))]
+    assert {t.dtype for t in kept} == {torch.bfloat16}
 
 
 @pytest.mark.slow

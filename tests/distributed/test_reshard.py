@@ -104,7 +104,9 @@ def test_the_text_goes_on_and_the_loss_with_it(
     # The same weights on the same text: only the order of sums may differ.
     _, reference = loaded(model, "1", "1")
     assert ranks[0].loss == pytest.approx(reference[0].loss, rel=1e-5 if DTYPES[model] == "float32" else 3e-2)
-    numbers = {n: int(t) for n, t in plain(folder / "checkpoint" / f"step-{SAVED + 1}").items() if n.startswith("train_state.")}
+    numbers = {
+        n: int(t) for n, t in plain(folder / "checkpoint" / f"step-{SAVED + 1}").items() if n.startswith("train_state.")
+    }
     assert numbers == {
         "train_state.step": SAVED + 1,
         "train_state.tokens_seen": (SAVED + 1) * GLOBAL_BATCH * SEQ_LEN,

@@ -106,7 +106,9 @@ def test_the_ranks_read_on_where_they_had_stopped(story: Story, layout: str, tin
     # Ranks of one tensor-parallel group read the same; the last axis counts fastest, so each group's first will do.
     readers = story.straight[:: len(story.straight) // DATA_PARALLEL[layout]]
     for step in range(STEPS):
-        read = [s for rank in readers for batch in rank.fed[step * micro_steps : (step + 1) * micro_steps] for s in batch]
+        read = [
+            s for rank in readers for batch in rank.fed[step * micro_steps : (step + 1) * micro_steps] for s in batch
+        ]
         expected = range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
         assert read == [hashlib.blake2b(text[i][:-1].tobytes(), digest_size=8).hexdigest() for i in expected]
 

@@ -173,7 +173,9 @@ def test_a_named_step_that_is_damaged_is_an_error_never_a_fresh_start(launch: An
     assert "4" in error["hint"]
 
 
-def test_a_named_step_applies_once(launch: Any, config: Any, run: Path, events: Any, finished: Path, stored: Any) -> None:
+def test_a_named_step_applies_once(
+    launch: Any, config: Any, run: Path, events: Any, finished: Path, stored: Any
+) -> None:
     # A scheduler restarts a job with the very same command line: it must not go back to step 2 for ever.
     same = config(run, training={"steps": 10}, checkpoint={"load_step": 2})
     stopped = config(run, training={"steps": 10, "stop_after": 5}, checkpoint={"load_step": 2})
@@ -279,7 +281,13 @@ def test_another_dtype_is_refused_unless_asked_for(
     assert tree(run) == before
     saved = plain(run / "checkpoint/step-4")
     ranks = launch(
-        config(run, layout, training=double | {"stop_after": 5}, optimizer={"lr": 0.0}, checkpoint={"allow_dtype_change": True})
+        config(
+            run,
+            layout,
+            training=double | {"stop_after": 5},
+            optimizer={"lr": 0.0},
+            checkpoint={"allow_dtype_change": True},
+        )
     )
     assert ranks[0].error is None
     cast = plain(run / "checkpoint/step-5")
@@ -346,7 +354,12 @@ def test_the_optimizer_can_begin_anew(launch: Any, config: Any, run: Path, plain
 
 @pytest.mark.parametrize(
     ("model", "word"),
-    [({"ffn_dim": 192}, "feed_forward"), ({"n_layers": 1}, "layers.1"), ({"n_layers": 3}, "layers.2"), ({"vocab_size": 600}, "(600, 64)")],
+    [
+        ({"ffn_dim": 192}, "feed_forward"),
+        ({"n_layers": 1}, "layers.1"),
+        ({"n_layers": 3}, "layers.2"),
+        ({"vocab_size": 600}, "(600, 64)"),
+    ],
     ids=["shape", "fewer layers", "more layers", "vocabulary"],
 )
 @pytest.mark.parametrize("layout", ["1", "fsdp2"])
@@ -379,8 +392,8 @@ def test_tied_models_store_the_embedding_once_in_full_and_under_both_names_alone
     # And they start a tied run again, from either kind.
     for step in (4, 6):
         named = {"initial_load_path": str(tmp_path / f"tied/checkpoint/step-{step}")}
-        again = config(tmp_path / f"again-{step}", "fsdp2", model={"tied_embeddings": True}, training={"steps": 1}, checkpoint=named)
-        assert launch(again)[0].error is None
+        changes = {"model": {"tied_embeddings": True}, "training": {"steps": 1}, "checkpoint": named}
+        assert launch(config(tmp_path / f"again-{step}", "fsdp2", **changes))[0].error is None
 
 
 def test_an_untied_checkpoint_does_not_become_tied_in_silence(
@@ -406,9 +419,7 @@ def test_a_tied_checkpoint_for_an_untied_model_is_an_error_with_the_way_out(
 # -- retention, batch, folders ----------------------------------------------------------------------------------------
 
 
-def test_keep_latest_k_keeps_the_seed_and_the_latest(
-    launch: Any, tiny: Any, seed: Path, tmp_path: Path
-) -> None:
+def test_keep_latest_k_keeps_the_seed_and_the_latest(launch: Any, tiny: Any, seed: Path, tmp_path: Path) -> None:
     shutil.copytree(seed, tmp_path / "checkpoint/step-0")
     (tmp_path / "checkpoint/old-step-2").mkdir()
     (tmp_path / "checkpoint/step-2-keep").mkdir()
@@ -447,7 +458,9 @@ def test_a_folder_with_torn_steps_only_is_an_error_and_is_left_alone(launch: Any
     assert tree(run) == before
 
 
-def test_torn_steps_beside_a_whole_one_are_said_and_left_alone(launch: Any, config: Any, run: Path, events: Any) -> None:
+def test_torn_steps_beside_a_whole_one_are_said_and_left_alone(
+    launch: Any, config: Any, run: Path, events: Any
+) -> None:
     (run / "checkpoint/step-6/manifest.json").unlink()
     (run / "checkpoint/step-900").mkdir()
     (run / "checkpoint/step-900/.metadata").write_bytes(b"x")

@@ -22,7 +22,7 @@ def test_torchrun_computes_bit_for_bit_what_launched_ranks_do(
     config.write_text(tomli_w.dumps(tiny(tmp_path / "typed", layout)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m"]
     done = subprocess.run(
-        [*command, "reshard", "train", str(config)], capture_output=True, text=True, timeout=300,
+        [*command, "reshard", "train", str(config)], check=False, capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

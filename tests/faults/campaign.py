@@ -142,3 +142,17 @@ def _try(
     whole = verify_checkpoint(case.directory).whole if verified else None
     case.repair(fault)
     return Outcome(fault.kind, fault.what, result, message[:300], whole)
+
+
+def not_noticed(tally: Tally) -> list[Outcome]:
+    """Damage that `reshard verify` has not called damage, though it could have mattered."""
+    return [
+        outcome
+        for outcome in tally.outcomes
+        if outcome.whole is True and outcome.kind != "extra file" and not _only_json_space(outcome)
+    ]
+
+
+def _only_json_space(outcome: Outcome) -> bool:
+    """White space around a manifest's JSON says nothing; all that is in it has the digest."""
+    return "manifest.json" in outcome.what and outcome.result == HARMLESS

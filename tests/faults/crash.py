@@ -31,6 +31,20 @@ CALLS = (
 MISSING = "strace is not installed: apt-get install strace"
 
 
+def can_trace() -> str:
+    """Why can no calls be recorded here? Empty where they can."""
+    if not shutil.which("strace"):
+        return MISSING
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        try:
+            with traced(sleeper.pid):
+                return ""
+        except AssertionError as error:
+            return str(error)
+        finally:
+            sleeper.kill()
+
+
 @contextmanager
 def traced(process: int, *options: str) -> Iterator[None]:
     """Have strace at a process, and at all that it starts meanwhile, until the block ends. Needs the right to do so."""

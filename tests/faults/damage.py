@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -173,13 +173,16 @@ def _names(good: Bytes, old: Bytes) -> Iterator[Fault]:
 
 
 class Case:
-    """A directory that is damaged and put right again, over and over: what is whole is a link to the good files."""
+    """A directory that is damaged and put right again, over and over: what is whole is a link to the good files.
+
+    It has the good one's name, and nothing beside it.
+    """
 
     def __init__(self, good: Path, place: Path) -> None:
-        self._good, self.directory = good, place
-        place.mkdir()
+        self._good, self.directory = good, place / good.name
+        self.directory.mkdir(parents=True)
         for path in good.iterdir():
-            os.link(path, place / path.name)
+            os.link(path, self.directory / path.name)
 
     def damage(self, fault: Fault) -> None:
         for name, content in fault.change.items():
@@ -198,6 +201,3 @@ class Case:
 
 def count(found: list[Fault]) -> Counter[str]:
     return Counter(fault.kind for fault in found)
-
-
-Loader = Callable[[Path], None]

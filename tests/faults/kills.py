@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -65,12 +64,21 @@ def kill_saves(
         else:
             some = before + rng.randrange(1, 5)
             wait_for(lambda n=some: len(saved_steps(war)) >= n)
-            time.sleep(rng.uniform(0, 0.1))
+            if report.kills % 5 < 3:  # most deaths are to be in a save
+                wait_for(lambda: saving(war / "checkpoint"), every_s=0)
+                time.sleep(rng.uniform(0, 0.01))
+            else:
+                time.sleep(rng.uniform(0, 0.1))
         _kill(run, rng, report, world)
         report.during[_what_it_did(war / "checkpoint")] += 1
         report.failures += _look(war, words, peace, truths, place / "copy")
     report.steps = steps_taken(war)
     return report
+
+
+def saving(folder: Path) -> bool:
+    """Is there a temporary directory just now?"""
+    return any(".tmp-" in path.name for path in folder.iterdir())
 
 
 def _kill(run: Run, rng: random.Random, report: Killed, world: int) -> None:
@@ -83,7 +91,7 @@ def _kill(run: Run, rng: random.Random, report: Killed, world: int) -> None:
 
 
 def _what_it_did(folder: Path) -> str:
-    left = [path for path in folder.glob("*.tmp-*")] if folder.exists() else []
+    left = list(folder.glob("*.tmp-*")) if folder.exists() else []
     if not left:
         return "no save under way"
     if any((path / "manifest.json").exists() for path in left):
@@ -165,7 +173,3 @@ def _differences(peace: Path, war: Path, steps: int) -> list[str]:
     if plain_digest(peace / last) != plain_digest(war / last):
         wrong.append("the last checkpoints differ")
     return wrong
-
-
-def read_events(place: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (place / "events.jsonl").read_text().splitlines()]

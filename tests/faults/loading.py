@@ -13,7 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from reshard.checkpoint.load import load
+from reshard.checkpoint.layout import step_of
+from reshard.checkpoint.load import choose, load
 from reshard.checkpoint.ranks import Ranks
 
 _POISON = 0xA5  # what a destination holds before a load: no number may stay as it was
@@ -60,6 +61,16 @@ class Destination:
 def load_ours(directory: Path, into: Destination) -> None:
     """By reshard: a checkpoint of ours through its manifest, any other DCP directory through its stored CRCs."""
     into.poison()
+    load(directory, into.tensors, Ranks())
+
+
+def start_ours(directory: Path, into: Destination) -> None:
+    """The same for a step of a run: it is looked for as a start looks for it."""
+    into.poison()
+    step = step_of(directory)
+    assert step is not None
+    start = choose(directory.parent, load_step=step, steps=step + 1, initial_load_path=None)
+    assert start.directory == directory
     load(directory, into.tensors, Ranks())
 
 

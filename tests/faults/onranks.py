@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from faults.loading import Destination, load_plain
 from reshard.checkpoint.commit import recover
+from reshard.cli import main as command_line
 
 
 def save_plainly(sources: list[str], folder: str, steps: list[int]) -> None:
@@ -43,3 +45,11 @@ def recover_all(folders: list[str]) -> None:
     """What a start does first, in each of these checkpoint folders."""
     for folder in folders:
         recover(Path(folder))
+
+
+def with_little_memory(megabytes: float, words: list[str]) -> None:
+    """`reshard <words>` in a process that may take so much memory more than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + int(megabytes * 1e6)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    command_line(words)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -49,13 +51,15 @@ class Run:
 
     def kill(self) -> Ended:
         """SIGKILL for all ranks at once, and wait until they are gone."""
-        self._runs.ask({"do": "kill", "run": self.group})
+        with suppress(ProcessLookupError):  # it may just have ended
+            os.killpg(self.group, signal.SIGKILL)
+        self._runs.ask({"do": "wait", "run": self.group, "timeout_s": 60})
         return self._ended()
 
     def kill_rank(self, rank: int, *, timeout_s: float = 60) -> Ended:
         """SIGKILL for one rank; the others are left to notice."""
         pids = json.loads((self.place / "pids.json").read_text())
-        with contextlib.suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             os.kill(pids[str(rank)], signal.SIGKILL)
         return self.wait(timeout_s)
 
@@ -195,3 +199,28 @@ def text_for_training(place: Path) -> Path:
     sources = sorted((PROJECT / "src").rglob("*.py"))
     path.write_text("\n".join(source.read_text(encoding="utf-8") for source in sources), encoding="utf-8")
     return path
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What the fault tests work with: a place in memory where there is one, a warm process, and a text."""
+
+    place: Path
+    runs: Runs
+    text: Path
+
+    def folder(self, name: str) -> Path:
+        """A new directory."""
+        (self.place / name).mkdir()
+        return self.place / name
+
+
+@contextmanager
+def workshop() -> Iterator[Workshop]:
+    """Make it, and take it away again. Thousands of folders are made and deleted: in memory that is quick."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1 << 30
+    with tempfile.TemporaryDirectory(prefix="reshard-faults-", dir=memory if roomy else None) as name:
+        place = Path(name)
+        with Runs(place / "runs") as runs:
+            yield Workshop(place, runs, text_for_training(place))

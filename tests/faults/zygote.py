@@ -107,10 +107,6 @@ def answer(request: dict[str, Any]) -> Any:
             with suppress(PermissionError, ProcessLookupError):
                 os.setpgid(pid, pid)  # here as well: a kill may come before the child has got that far
             return pid
-        case "kill":  # a whole run: the leader and all of its ranks
-            with suppress(ProcessLookupError):
-                os.killpg(request["run"], signal.SIGKILL)
-            return reap(request["run"], None)
         case "wait":
             return reap(request["run"], time.monotonic() + request["timeout_s"])
     raise ValueError(request)

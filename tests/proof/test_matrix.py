@@ -80,7 +80,12 @@ VARIANTS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
         {"parallelism": {"pipeline_parallel_microbatches": 5}}, "pp2; pp2:Interleaved1F1B; pp2:ZBVZeroBubble; pp4.fsdp2",
     ),
     "recompute all": (
-        {"activation_checkpoint": {"mode": "full"}}, "fsdp2; cp2; pp2; pp2:ZBVZeroBubble; pp2:Interleaved1F1B.fsdp2; cp2.tp2",
+        {"activation_checkpoint": {"mode": "full"}},
+        "fsdp2; cp2; pp2; pp2:ZBVZeroBubble; pp2:Interleaved1F1B.fsdp2; pp2:ZBVZeroBubble.fsdp2; cp2.tp2",
+    ),
+    "recompute every second layer": (
+        {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"}},
+        "pp2.fsdp2; pp2:ZBVZeroBubble.rep2.fsdp2; pp2:ZBVZeroBubble.fsdp2.tp2",
     ),
     "recompute by operation": (
         {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"}}, "cp2; pp2; pp2.tp2; fsdp2.cp2",
@@ -90,7 +95,7 @@ VARIANTS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
         "cp2; cp4; cp8; rep2.cp2; fsdp2.cp2; cp2.tp2; pp2.cp2; pp2:ZBVZeroBubble.cp2; pp2.cp2.tp2",
     ),
     "whole logits": ({"parallelism": {"disable_loss_parallel": True}}, "tp2; pp2.tp2; pp2:ZBVZeroBubble.tp2"),
-    "freed after forward": ({"parallelism": {"fsdp_reshard_after_forward": "always"}}, "pp2.fsdp2; pp2:ZBVZeroBubble.fsdp2"),
+    "freed after forward": ({"parallelism": {"fsdp_reshard_after_forward": "always"}}, "pp2.fsdp2; pp2:Interleaved1F1B.fsdp2"),
 }  # fmt: skip
 CASES = [(title, wanted) for title, (_, names) in VARIANTS.items() for wanted in parity.parse_layouts(names)]
 

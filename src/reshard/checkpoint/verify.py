@@ -14,8 +14,8 @@ from typing import BinaryIO, Literal
 
 from reshard.checkpoint.blocks import SUFFIX, BlockSums, read_sums
 from reshard.checkpoint.index import Chunk, Index, index_bytes, open_item, read_index
-from reshard.checkpoint.layout import METADATA
-from reshard.checkpoint.manifest import MANIFEST, Manifest, TensorEntry, crc32, read_manifest
+from reshard.checkpoint.layout import METADATA, read_step
+from reshard.checkpoint.manifest import MANIFEST, Manifest, TensorEntry, crc32
 from reshard.errors import CheckpointError, FormatError, IntegrityError, NotACheckpoint, StorageError, TornCheckpoint
 from reshard.torch_zip import crc_of, open_archive
 
@@ -57,7 +57,7 @@ def verify_checkpoint(directory: Path, level: Level = "bytes", advance: Advance 
     Damage is a finding. A disk that fails says nothing of the checkpoint: whole is None. Raises nothing of ours.
     """
     try:
-        manifest = read_manifest(directory)
+        manifest = read_step(directory)
     except StorageError as error:
         return Verdict(str(directory), "checkpoint", None, problem=error.message)
     except NotACheckpoint as error:

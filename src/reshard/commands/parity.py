@@ -103,10 +103,10 @@ def parse_layout(name: str) -> Wanted:
         degrees[field] = int(found[2])
         if found[3] is not None:
             if found[1] != "pp" or found[3] not in SCHEDULES:
-                close = nearest(found[3], SCHEDULES)
+                close = nearest(found[3], SCHEDULES) or "ZBVZeroBubble"
                 raise LayoutError(
                     f"layout `{name}`: `{found[3]}` is not a schedule of pp ({', '.join(SCHEDULES)})",
-                    hint=f"did you mean pp{found[2]}:{close}?" if close else None,
+                    hint=f"e.g. pp2:{close}",
                 )
             schedule = found[3]
     return Wanted(name, Layout(**degrees), schedule)

@@ -11,7 +11,19 @@ from reshard.errors import FormatError
 
 
 def run(path: Path, level: Level = "bytes", advance: Advance = lambda n: None) -> list[Verdict]:
-    """Verify what lies at a path; a folder of steps gives a verdict for each. Raises nothing of ours."""
+    """Verify what lies at a path; a folder of steps gives a verdict for each. Raises nothing of ours.
+
+    A disk that fails, or too little memory, says nothing of the checkpoint: then `whole` is None.
+    """
+    try:
+        return _run(path, level, advance)
+    except MemoryError:
+        return [Verdict(str(path), "unknown", None, problem=f"there is too little memory to look at `{path}`")]
+    except OSError as error:
+        return [Verdict(str(path), "unknown", None, problem=f"`{path}` cannot be read: {error.strerror or error}")]
+
+
+def _run(path: Path, level: Level, advance: Advance) -> list[Verdict]:
     if path.is_dir():
         if (path / MANIFEST).exists():
             return [verify_checkpoint(path, level, advance)]
@@ -47,6 +59,13 @@ def size_of(path: Path) -> int:
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
+def _read_through(path: Path) -> None:
+    """Is it the file or the disk? Raises OSError where the disk does not give all of it."""
+    with open(path, "rb", buffering=0) as file:
+        while file.read(1 << 20):
+            pass
+
+
 def _listed(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
@@ -60,6 +79,7 @@ def _verify_safetensors(path: Path) -> Verdict:
     except FormatError as error:
         if not path.exists():
             return Verdict(str(path), "nothing", None, problem=error.message)
+        _read_through(path)
         return Verdict(str(path), "safetensors", False, (Finding(path.name, error.message),))
     return Verdict(str(path), f"safetensors ({len(tensors)} tensors)", True, notes=notes)
 
@@ -73,6 +93,7 @@ def _verify_pt(path: Path, level: Level, advance: Advance) -> Verdict:
             check_records(file)
             advance(file.nbytes)
     except FormatError as error:
+        _read_through(path)
         return Verdict(str(path), "torch.save file", False, (Finding(path.name, error.message),))
     checked = file.nbytes if level == "bytes" else 0
     return Verdict(str(path), f"torch.save file ({len(file.tensors)} tensors)", True, bytes_checked=checked)

@@ -255,9 +255,9 @@ def _scaling(file: GgufFile, spec: LlamaSpec) -> RopeScaling | None:
     data = np.empty(4 * info.shape[0], np.uint8)
     Region(file.path, info.offset, len(data)).read_into(data, 0)
     found = data.view(np.float32)
-    said = [file.values.get(f"{_SCALING_KEYS}{key}") for key in ("factor", "low", "high", "original")]
-    if all(type(value) is float and 0 < value < float("inf") for value in said):  # we wrote it
-        scaling = RopeScaling(*map(_short, said[:3]), int(said[3]))
+    said: list[Any] = [file.values.get(f"{_SCALING_KEYS}{key}") for key in ("factor", "low", "high", "original")]
+    if all(type(value) is float and 0 < value < 1e9 for value in said):  # we wrote it
+        scaling = RopeScaling(_short(said[0]), _short(said[1]), _short(said[2]), int(said[3]))
     else:  # the slowest frequencies are divided by the factor itself
         scaling = RopeScaling(factor=_short(float(found.max())))
     expected = rope_factors(replace(spec, rope_scaling=scaling))
@@ -400,7 +400,7 @@ class Constant:
 
     def fill(self, buffer: NDArray[np.uint8], start: int, stop: int, ledger: Ledger | None = None) -> None:
         """See LazyTensor."""
-        buffer[:] = self.values[start:stop].view(np.uint8)
+        buffer[:] = np.ascontiguousarray(self.values[start:stop]).reshape(-1).view(np.uint8)
 
 
 def _tokenizer_values(assets: Mapping[str, Path | bytes], spec: LlamaSpec, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -274,14 +274,19 @@ class StoredTensor:
 
 
 def read_rows(tensor: LazyTensor, start: int, stop: int, ledger: Ledger | None = None) -> torch.Tensor:
-    """Rows [start, stop) of dim 0 as a torch tensor on the CPU, contiguous, owned by the caller."""
+    """Rows [start, stop) of dim 0 as a torch tensor on the CPU, contiguous, owned by the caller.
+
+    Read some at a time, so that what a cast or a permutation needs on the way is small beside it.
+    """
     import torch
 
     dtype = getattr(torch, tensor.dtype)
     shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
     flat = torch.empty(prod(shape) * ITEM_BYTES[tensor.dtype], dtype=torch.uint8)  # torch's own memory: aligned
-    if flat.numel():
-        tensor.fill(flat.numpy(), start, stop, ledger)
+    row_bytes = flat.numel() // (stop - start) if stop > start else 0
+    for first, last in slabs((stop - start, row_bytes), 1, READ_BYTES // 2, tensor.grain) if row_bytes else ():
+        part = flat[first * row_bytes : last * row_bytes]
+        tensor.fill(part.numpy(), start + first, start + last, ledger)
     return flat.view(dtype).view(shape)
 
 

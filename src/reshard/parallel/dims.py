@@ -162,6 +162,12 @@ def _check_schedule(layout: Layout, config: Config) -> None:
             "ZBVZeroBubble cannot run compiled blocks, and training.compile is true",
             hint="--training.compile false, or another parallelism.pipeline_parallel_schedule",
         )
+    if p.fsdp_reshard_after_forward == "always":  # torch 2.13.0 then loses gradients, without an error
+        raise LayoutError(
+            "ZBVZeroBubble cannot free the gathered weights after forward, and parallelism.fsdp_reshard_after_forward "
+            "is `always`",
+            hint="--parallelism.fsdp_reshard_after_forward default, or another parallelism.pipeline_parallel_schedule",
+        )
     if recompute.mode == "selective" and recompute.selective_ac_option == "op":
         raise LayoutError(
             "ZBVZeroBubble cannot recompute by operation, and activation_checkpoint.selective_ac_option is `op`",

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from reshard.config import Comm
-from reshard.errors import LayoutError
+from reshard.errors import LayoutError, ReshardError
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo says it
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def join(place: Place, comm: Comm, *, need_group: bool, sequences: list[list[int
     """Meet the other ranks, and leave them at the end. NCCL on CUDA (not yet run on a GPU), gloo on CPU.
 
     sequences: the ranks that share each sequence, all of them. need_group: make a process group even for a single rank
-    (FSDP's mixed precision wants one).
+    (FSDP's mixed precision wants one). Where another rank ends in the midst of it, what waited for it is a ReshardError.
     """
     import torch
     import torch.distributed as dist
@@ -119,6 +120,15 @@ def join(place: Place, comm: Comm, *, need_group: bool, sequences: list[list[int
         patience = timedelta(seconds=comm.train_timeout_seconds)
         control, background = (dist.new_group(backend="gloo", timeout=patience) for _ in range(2))
         yield World(place, device, control, background, _sequence_group(place, sequences))
+    except RuntimeError as error:
+        if any(words in str(error) for words in _PEER_IS_GONE):  # its own traceback says what was wrong, not ours
+            raise ReshardError(
+                f"another rank has ended: {str(error).partition('] ')[2].partition('. ')[0] or error}",
+                hint="the first failure in the launcher's summary is the reason; started again, the run resumes from "
+                "its newest checkpoint",
+                rank_local=True,
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
 

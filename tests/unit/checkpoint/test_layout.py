@@ -13,7 +13,9 @@ from reshard.checkpoint.layout import all_leftovers, entries, is_foreign, leftov
 from reshard.errors import IntegrityError, StorageError, TornCheckpoint
 
 
-@pytest.mark.parametrize(("name", "step"), [("step-0", 0), ("step-7", 7), ("step-500", 500), ("step-123456789", 123456789)])
+@pytest.mark.parametrize(
+    ("name", "step"), [("step-0", 0), ("step-7", 7), ("step-500", 500), ("step-123456789", 123456789)]
+)
 def test_names_of_steps(name: str, step: int, tmp_path: Path) -> None:
     assert step_of(tmp_path / name) == step
     assert step_directory(tmp_path, step) == tmp_path / name
@@ -23,8 +25,8 @@ def test_names_of_steps(name: str, step: int, tmp_path: Path) -> None:
     "name",
     [
         "old-step-900", "step-900-keep", "step-900.damaged", "step-900.damaged-2", "step-900.tmp-0123456789abcdef",
-        "step-900.old-0123456789abcdef", "step-", "step--9", "step-9a", "step-1.5", "step-9 ", " step-9", "Step-9", "step_9", "9",
-        "step-9\n", "step-\u0663",
+        "step-900.old-0123456789abcdef", "step-", "step--9", "step-9a", "step-1.5", "step-9 ", " step-9", "Step-9", "step_9",
+        "9", "step-9\n", "step-\u0663",
     ],
 )  # fmt: skip
 def test_names_that_are_not(name: str, tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ def test_a_second_run_is_refused_and_told_who_has_it(folder: Path, owner: subpro
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_the_kernel_frees_the_folder_of_a_dead_run(folder: Path, owner: subprocess.Popen[str], how: signal.Signals) -> None:
+def test_the_kernel_frees_the_folder_of_a_dead_run(
+    folder: Path, owner: subprocess.Popen[str], how: signal.Signals
+) -> None:
     owner.send_signal(how)
     owner.wait()
     with own_folder(folder, Ranks()):

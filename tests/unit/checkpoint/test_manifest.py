@@ -161,7 +161,9 @@ def test_it_stays_small_at_a_thousand_ranks(directory: Path) -> None:
     assert len(manifest_bytes(many)) < 200_000
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"17", b'"x"', b"{}", b"\x00\xff", b'{"digest": 3}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"[]", b"17", b'"x"', b"{}", b"\x00\xff", b'{"digest": 3}', b"[" * 100_000]
+)
 def test_other_json_is_damage_not_a_crash(directory: Path, content: bytes) -> None:
     (directory / MANIFEST).write_bytes(content)
     with pytest.raises(IntegrityError):

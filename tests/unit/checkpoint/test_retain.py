@@ -22,7 +22,9 @@ def test_zero_keeps_all(folder: Path, make: Any) -> None:
     assert steps(folder) == {"step-1", "step-2", "step-3"}
 
 
-@pytest.mark.parametrize(("k", "left"), [(1, {"step-4"}), (2, {"step-3", "step-4"}), (9, {"step-1", "step-2", "step-3", "step-4"})])
+@pytest.mark.parametrize(
+    ("k", "left"), [(1, {"step-4"}), (2, {"step-3", "step-4"}), (9, {"step-1", "step-2", "step-3", "step-4"})]
+)
 def test_the_latest_k_stay(k: int, left: set[str], folder: Path, make: Any) -> None:
     for step in (1, 2, 3, 4):
         make(step)
@@ -82,10 +84,21 @@ def test_what_is_torn_damaged_or_not_ours_is_neither_counted_nor_deleted(folder:
         shutil.copytree(folder / "step-1", folder / name)
     (folder / "notes.txt").write_text("mine")
     retain(folder, 2)
-    assert steps(folder) == {"step-2", "step-3", "step-4", "step-5", "old-step-9", "step-9-keep", "step-7.damaged", "notes.txt"}
+    assert steps(folder) == {
+        "step-2",
+        "step-3",
+        "step-4",
+        "step-5",
+        "old-step-9",
+        "step-9-keep",
+        "step-7.damaged",
+        "notes.txt",
+    }
 
 
-def test_a_link_to_a_checkpoint_elsewhere_does_not_delete_what_it_points_to(folder: Path, make: Any, tmp_path: Path) -> None:
+def test_a_link_to_a_checkpoint_elsewhere_does_not_delete_what_it_points_to(
+    folder: Path, make: Any, tmp_path: Path
+) -> None:
     make(1)
     shutil.move(folder / "step-1", tmp_path / "elsewhere")
     (folder / "step-1").symlink_to(tmp_path / "elsewhere")

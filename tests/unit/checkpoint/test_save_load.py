@@ -19,7 +19,16 @@ from reshard.errors import CheckpointError, NotACheckpoint, TensorMismatch
 from reshard.model.spec import LlamaSpec
 
 ABOUT = About(step=1, kind="full", source={"kind": "test"})
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+]
 
 
 def random_of(dtype: torch.dtype, *shape: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_any_split_of_the_rows_gives_the_same_bits(whole: torch.Tensor) -> None:
     splits += [[BLOCK_ROWS], [BLOCK_ROWS - 1, BLOCK_ROWS + 1], [1], [WIDE.vocab_size - 1], [750], [375, 750, 1125]]
     for cuts in splits:
         edges = [0, *cuts, WIDE.vocab_size]
-        parts = [initial_rows(WIDE, 7, EMBEDDING, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [initial_rows(WIDE, 7, EMBEDDING, a, b) for a, b in pairwise(edges)]
         assert torch.equal(torch.cat(parts), whole), cuts
 
 

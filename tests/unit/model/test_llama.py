@@ -208,7 +208,9 @@ def test_the_classic_mistakes_would_show(mistake: str, scaling: RopeScaling | No
     assert difference(our_logits(spec, weights, tokens), their_logits(spec, theirs, tokens)) > CLEARLY_WRONG
 
 
-@pytest.mark.parametrize(("name", "size"), [("llama3", "8B"), ("llama3_1", "8B"), ("llama3_2", "1B"), ("llama3_2", "3B")])
+@pytest.mark.parametrize(
+    ("name", "size"), [("llama3", "8B"), ("llama3_1", "8B"), ("llama3_2", "1B"), ("llama3_2", "3B")]
+)
 def test_frequencies_of_the_releases_are_those_of_transformers(name: str, size: str) -> None:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -255,7 +257,8 @@ def test_state_dict_is_the_parameters_under_metas_names_and_no_buffer(tied: bool
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
 )
 def test_rotary_table_is_at_least_float32(dtype: torch.dtype, expected: torch.dtype) -> None:
     spec = replace(DEBUG, n_layers=1)
@@ -316,7 +319,8 @@ def test_loss_is_a_sum_and_does_not_count_minus_100() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
 )
 def test_loss_is_at_least_float32(dtype: torch.dtype, expected: torch.dtype) -> None:
     logits = torch.randn(1, 64, 512, generator=torch.Generator().manual_seed(0)).to(dtype)

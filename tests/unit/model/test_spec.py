@@ -60,7 +60,9 @@ def test_shapes_are_those_of_the_module(name: str) -> None:
         (4096, None, 256, 11008),
     ],
 )
-def test_ffn_dim_is_what_params_json_computes(dim: int, multiplier: float | None, multiple_of: int, expected: int) -> None:
+def test_ffn_dim_is_what_params_json_computes(
+    dim: int, multiplier: float | None, multiple_of: int, expected: int
+) -> None:
     assert ffn_dim_from_params(dim, multiplier, multiple_of) == expected
 
 
@@ -102,7 +104,9 @@ def test_tied_are_the_small_ones_of_3_2() -> None:
     assert "output.weight" in parameter_shapes(FLAVORS["8B"])
 
 
-@pytest.mark.parametrize("spec", [FLAVORS["debugmodel"], FLAVORS["3B"], replace(FLAVORS["8B"], rope_scaling=RopeScaling(4.0))])
+@pytest.mark.parametrize(
+    "spec", [FLAVORS["debugmodel"], FLAVORS["3B"], replace(FLAVORS["8B"], rope_scaling=RopeScaling(4.0))]
+)
 def test_a_spec_survives_json(spec: LlamaSpec) -> None:
     assert LlamaSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
@@ -121,7 +125,9 @@ def test_an_unknown_key_of_a_spec_is_refused() -> None:
         ("llama3", "debug_model", "model.flavor", "debugmodel"),
     ],
 )
-def test_an_unknown_release_or_size_is_refused_with_the_nearest(name: str, size: str, key: str, hint: str | None) -> None:
+def test_an_unknown_release_or_size_is_refused_with_the_nearest(
+    name: str, size: str, key: str, hint: str | None
+) -> None:
     with pytest.raises(ConfigError) as caught:
         flavor(name, size)
     assert caught.value.key == key
@@ -143,8 +149,18 @@ def test_heads_that_do_not_fit_are_refused_with_the_numbers(changes: dict[str, i
 
 
 def test_numbers_of_the_config_replace_the_flavors() -> None:
-    model = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 300, "rope_theta": 1e4, "norm_eps": 1e-6}
-    spec = spec_of(Config().with_values(model={**model, "ffn_dim": 96, "tied_embeddings": True, "rope_scaling_factor": 4.0}))
+    model = {
+        "dim": 64,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "vocab_size": 300,
+        "rope_theta": 1e4,
+        "norm_eps": 1e-6,
+    }
+    spec = spec_of(
+        Config().with_values(model={**model, "ffn_dim": 96, "tied_embeddings": True, "rope_scaling_factor": 4.0})
+    )
     expected = LlamaSpec(64, 2, 4, 2, 96, 300, rope_theta=1e4, norm_eps=1e-6, tied=True, rope_scaling=RopeScaling(4.0))
     assert spec == expected
     assert spec.head_dim == 16

@@ -74,7 +74,9 @@ def test_a_ranks_queries_see_what_they_see_in_the_whole_sequence(
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize(("method", "kind"), [("auto", GatheringAttention), ("gather", GatheringAttention), ("ring", RingAttention)])
+@pytest.mark.parametrize(
+    ("method", "kind"), [("auto", GatheringAttention), ("gather", GatheringAttention), ("ring", RingAttention)]
+)
 def test_every_block_shares_its_attention(method: str, kind: type, alone: dist.ProcessGroup) -> None:
     model = Llama(LlamaSpec(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=64))
     apply_context_parallel(model, alone, 16, method, torch.float32)

@@ -132,7 +132,8 @@ def test_console_has_the_first_the_last_and_every_log_freq_th_step(
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = Config().with_values(job={"dump_folder": str(tmp_path)}, metrics={"enable_tensorboard": True, "save_tb_folder": "tb"})
+    metrics = {"enable_tensorboard": True, "save_tb_folder": "tb"}
+    config = Config().with_values(job={"dump_folder": str(tmp_path)}, metrics=metrics)
     report = Reporter(config, first=True, device_name="cpu", flops_per_token=1.0, world_size=1)
     run(report, steps=3)
     events = EventAccumulator(str(tmp_path / "tb"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def test_without_warm_up_the_first_step_is_at_the_peak() -> None:
 def test_decay_falls_from_the_peak_and_the_last_step_still_moves(decay_type: str, warmup: int) -> None:
     rates = curve(*range(1, 101), training={"warmup_steps": warmup}, schedule={"decay_type": decay_type})
     after = rates[warmup:] if warmup else rates
-    assert all(a > b > 0 for a, b in zip(after, after[1:], strict=False))
+    assert all(a > b > 0 for a, b in pairwise(after))
     assert max(rates) <= 1.0
     assert 0 < rates[-1] < 0.05
 
@@ -114,8 +115,13 @@ def test_more_warm_up_than_steps() -> None:
 
 def parameters() -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    names = {"tok_embeddings.weight": (6, 4), "layers.0.attention.wq.weight": (4, 4), "layers.0.ffn_norm.weight": (4,), "norm.weight": (4,)}  # fmt: skip
-    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in names.items()}
+    shapes = {
+        "tok_embeddings.weight": (6, 4),
+        "layers.0.attention.wq.weight": (4, 4),
+        "layers.0.ffn_norm.weight": (4,),
+        "norm.weight": (4,),
+    }
+    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
 
 
 def with_gradients(params: dict[str, nn.Parameter], value: float | None = None) -> dict[str, nn.Parameter]:
@@ -141,7 +147,9 @@ def test_norms_and_embeddings_decay_by_default_and_not_by_option() -> None:
 @pytest.mark.parametrize("implementation", ["for-loop", "foreach", "fused"])
 @pytest.mark.parametrize("name", ["AdamW", "Adam"])
 def test_two_steps_are_those_of_the_textbook(name: str, implementation: str) -> None:
-    asked = Config().with_values(optimizer={"name": name, "implementation": implementation, "beta2": 0.99, "weight_decay": 0.3})
+    asked = Config().with_values(
+        optimizer={"name": name, "implementation": implementation, "beta2": 0.99, "weight_decay": 0.3}
+    )
     params = with_gradients(parameters())
     expected = {n: (p.detach().double(), 0.0, 0.0) for n, p in params.items()}
     optimizer = build_optimizer(params, asked.optimizer)
@@ -164,7 +172,8 @@ def test_state_is_there_before_the_first_step_and_is_what_torch_would_make() -> 
     params, others = with_gradients(parameters()), with_gradients(parameters())
     ours = build_optimizer(params, Config().optimizer)
     assert all(float(t.abs().sum()) == 0 for t in optimizer_moments(ours, params).values())
-    theirs = torch.optim.AdamW(others.values(), lr=Config().optimizer.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=True)
+    lr = Config().optimizer.lr
+    theirs = torch.optim.AdamW(others.values(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=True)
     for _ in range(3):
         ours.step()
         theirs.step()
