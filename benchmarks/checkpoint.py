@@ -291,7 +291,10 @@ def measure_reading(bench: Bench) -> dict[str, Any]:
     result: dict[str, Any] = {"bytes": sum(t.nbytes for t in tensors.values()), "read": {}}
     for placement in ("dim0", "dim1", "replica"):
         target = emptied(placed(tensors, placement, bench.world))
-        works = {"ours": lambda t=target: load(ours, t, bench.ranks), "dcp": lambda t=target: dcp_load(bench, theirs, t)}
+        works = {
+            "ours": lambda t=target: load(ours, t, bench.ranks),
+            "dcp": lambda t=target: dcp_load(bench, theirs, t),
+        }
         for name, work in works.items():
             before = read_so_far()
             work()
@@ -465,11 +468,9 @@ def run(part: str, world: int, place: Path, gib: float, rounds: int) -> dict[str
     place.mkdir(exist_ok=True)
     task = {"part": part, "world": world, "port": port, "place": str(place), "gib": gib, "rounds": rounds}
     command = [sys.executable, __file__, "--as-rank"]
-    ranks = [
-        subprocess.Popen([*command, json.dumps({**task, "rank": r, "answer": str(answer)})]) for r in range(world)
-    ]
+    ranks = [subprocess.Popen([*command, json.dumps({**task, "rank": r, "answer": str(answer)})]) for r in range(world)]
     try:
-        if any([process.wait() for process in ranks]):
+        if max(process.wait() for process in ranks) != 0 or not answer.exists():
             raise SystemExit(f"{part} on {world} ranks failed")
     finally:
         for process in ranks:
@@ -567,7 +568,9 @@ def tell_small(results: dict[int, dict[str, Any]]) -> list[str]:
     rows = []
     for world, result in results.items():
         times = result["times"]
-        rows += [row(world, n, spread(times[n], 3)) for n in ("save, first", "save, again", "dcp save", "load", "dcp load")]
+        rows += [
+            row(world, n, spread(times[n], 3)) for n in ("save, first", "save, again", "dcp save", "load", "dcp load")
+        ]
     return [
         f"## {SMALL_TENSORS:,} tensors of 1 KiB", "",
         "`again`: the plan is known. DCP in at most 3 rounds.", "",

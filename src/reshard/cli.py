@@ -138,7 +138,7 @@ def generate(
     top_k: int,
     seed: int,
 ) -> None:
-    """Continue a text with a checkpoint's model (a DCP directory or a .pt)."""
+    """Continue a text with a checkpoint, in any format."""
     from reshard.commands.generate import run
 
     click.echo(prompt, nl=False)
@@ -211,7 +211,7 @@ def evaluate(
     batch_size: int,
     as_json: bool,
 ) -> None:
-    """Loss of a checkpoint (a DCP directory or a .pt) on held-out text, in nats per token."""
+    """Loss of a checkpoint, in any format, on held-out text, in nats per token."""
     from reshard.commands.evaluate import run
 
     report = run(

@@ -24,7 +24,7 @@ from proof.launch import Ranks, base_config, digest, on_layout, stored_items
 
 SAVED = 2
 FROM = (
-    "1", "fsdp4", "rep2.fsdp2", "tp4", "cp2.tp2", "pp4", "pp2:Interleaved1F1B.fsdp2", "pp2:ZBVZeroBubble.tp2",
+    "1", "fsdp4", "rep2.fsdp2", "tp2", "cp2.tp2", "pp4", "pp2:Interleaved1F1B.fsdp2", "pp2:ZBVZeroBubble.tp2",
     "pp2.fsdp2.tp2",
 )  # fmt: skip
 TO = ("1", "fsdp3", "fsdp2.tp2", "rep2.cp2", "pp2:Interleaved1F1B", "pp2:ZBVZeroBubble.fsdp2", "pp2.cp2.tp2")

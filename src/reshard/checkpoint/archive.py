@@ -29,6 +29,8 @@ _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
 _DESCRIPTOR = struct.Struct("<4s3I")
+_CRC = struct.Struct("<I")
+_CRC_IN_DESCRIPTOR, _CRC_IN_CENTRAL = 4, 16  # where they have it
 _UTF8, _DESCRIBED = 0x800, 0x8  # names are UTF-8; CRC and sizes follow the data instead of preceding it
 _FOLDER = "archive/"
 
@@ -59,26 +61,40 @@ def head(dtype: torch.dtype, sizes: tuple[int, ...]) -> bytes:
 
 def tail(dtype: torch.dtype, sizes: tuple[int, ...], crc: int) -> bytes:
     """All bytes after the numbers. crc: their CRC32."""
+    template, *places = _tail(dtype, sizes)
+    filled = bytearray(template)
+    for place in places:
+        _CRC.pack_into(filled, place, crc)
+    return bytes(filled)
+
+
+@lru_cache(maxsize=4096)
+def overhead(dtype: torch.dtype, sizes: tuple[int, ...]) -> int:
+    """Bytes of a chunk beside its numbers."""
+    return len(_head(dtype, sizes)[0]) + len(_tail(dtype, sizes)[0])
+
+
+@lru_cache(maxsize=4096)
+def _tail(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[bytes, int, int]:
+    """The bytes after the numbers but for their CRC32, and the two places where that belongs."""
     start, entries = _head(dtype, sizes)
     nbytes = prod(sizes) * dtype.itemsize
     out = BytesIO()
-    out.write(_DESCRIPTOR.pack(b"PK\x07\x08", crc, nbytes, nbytes))
+    out.write(_DESCRIPTOR.pack(b"PK\x07\x08", 0, nbytes, nbytes))
     at = len(start) + nbytes + out.tell()
     version = b"3\n"
     out.write(_local_header("version", version))
     out.write(version)
     directory = len(start) + nbytes + out.tell()
-    central = b"".join(
-        [
-            *(_central_header(name, where, len(data), crc32(data), 0) for name, where, data in entries[:-1]),
-            _central_header("data/0", entries[-1][1], nbytes, crc, _DESCRIBED),
-            _central_header("version", at, len(version), crc32(version), 0),
-        ]
-    )
-    out.write(central)
+    for name, where, data in entries[:-1]:
+        out.write(_central_header(name, where, len(data), crc32(data), 0))
+    numbers = out.tell()
+    out.write(_central_header("data/0", entries[-1][1], nbytes, 0, _DESCRIBED))
+    out.write(_central_header("version", at, len(version), crc32(version), 0))
+    length = out.tell() - (directory - len(start) - nbytes)
     count = len(entries) + 1
-    out.write(_END.pack(b"PK\x05\x06", 0, 0, count, count, len(central), directory, 0))
-    return out.getvalue()
+    out.write(_END.pack(b"PK\x05\x06", 0, 0, count, count, length, directory, 0))
+    return out.getvalue(), _CRC_IN_DESCRIPTOR, numbers + _CRC_IN_CENTRAL
 
 
 @lru_cache(maxsize=4096)

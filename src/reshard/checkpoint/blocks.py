@@ -7,13 +7,16 @@ Blocks, so that a rank can check the few ranges that it reads without reading th
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from isal import isal_zlib
@@ -27,8 +30,12 @@ LEAST_BLOCK_BYTES = 1 << 12  # that a reader accepts
 SUFFIX = ".crc"
 _HEADER = struct.Struct("<8sIIQ")
 _MAGIC = b"RSHCRC1\n"
-_BATCH_BYTES = 8 << 20  # small pieces are gathered up to this size, then written in one call
-_BATCH_PARTS = 512  # a system call takes at most 1,024 of them
+_SYNC_FILE_RANGE_WRITE = 2
+# Bytes are summed and written, or read and summed, in steps that fit into a core's own cache: so memory is passed over
+# once, not twice, and the sums are nearly free.
+_WRITE_BYTES, _READ_BYTES = 1 << 20, 1 << 20
+_WRITE_PARTS = 512  # a system call takes at most 1,024 of them
+_FLUSH_BYTES = 16 << 20  # the disk begins with these while we go on, where fsync would let it begin only at the end
 
 
 class Throttle:
@@ -59,6 +66,7 @@ class BlockWriter:
         self._pending = 0
         self._crcs: list[int] = []
         self._open_crc, self._open_bytes = 0, 0  # of the last block, which is not full yet
+        self._written = self._started = 0  # bytes that the system has, and that the disk was told of
 
     def append(self, data: bytes | memoryview) -> int:
         """Add bytes; returns their CRC32, computed from the blocks' so that each byte is seen once."""
@@ -66,22 +74,20 @@ class BlockWriter:
         crc = at = 0
         while at < len(view):
             part = view[at : at + BLOCK_BYTES - self._open_bytes]
+            size = len(part)
             part_crc = isal_zlib.crc32(part)
-            crc = isal_zlib.crc32_combine(crc, part_crc, len(part)) if at else part_crc
-            self._open_crc = (
-                isal_zlib.crc32_combine(self._open_crc, part_crc, len(part)) if self._open_bytes else part_crc
-            )
-            self._open_bytes += len(part)
-            at += len(part)
+            crc = isal_zlib.crc32_combine(crc, part_crc, size) if at else part_crc
+            self._open_crc = isal_zlib.crc32_combine(self._open_crc, part_crc, size) if self._open_bytes else part_crc
+            self._open_bytes += size
+            at += size
             if self._open_bytes == BLOCK_BYTES:
                 self._crcs.append(self._open_crc)
                 self._open_crc, self._open_bytes = 0, 0
+            self._parts.append(part)
+            self._pending += size
+            if self._pending >= _WRITE_BYTES or len(self._parts) >= _WRITE_PARTS:
+                self.flush()
         self.bytes += len(view)
-        if len(view):
-            self._parts.append(view)
-            self._pending += len(view)
-        if self._pending >= _BATCH_BYTES or len(self._parts) >= _BATCH_PARTS:
-            self.flush()
         return crc
 
     def flush(self) -> None:
@@ -90,12 +96,16 @@ class BlockWriter:
         while parts:
             with naming(self.path):
                 written = os.writev(self._fd, parts)
+            self._written += written
             if self._throttle is not None:
                 self._throttle.wrote(written)
             while parts and written >= len(parts[0]):
                 written -= len(parts.pop(0))
             if parts and written:
                 parts[0] = parts[0][written:]
+        if self._written - self._started >= _FLUSH_BYTES:
+            start_writeback(self._fd, self._started, self._written - self._started)
+            self._started = self._written
 
     def close(self) -> dict[str, FileEntry]:
         """Flush to the disk itself, write the sidecar likewise; both files' entries for the manifest."""
@@ -121,6 +131,24 @@ class BlockWriter:
     def abandon(self) -> None:
         """Close without a promise."""
         os.close(self._fd)
+
+
+@cache
+def _sync_file_range() -> Callable[..., int] | None:
+    """Linux's call to begin writing dirty pages, which Python does not have; None where the system has none."""
+    try:
+        call = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return cast(Callable[..., int], call)
+
+
+def start_writeback(fd: int, offset: int, nbytes: int) -> None:
+    """Let the disk begin with a range of a file. Only a hint: errors are fsync's to tell."""
+    call = _sync_file_range()
+    if call is not None:
+        call(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -181,23 +209,51 @@ def read_sums(directory: Path, name: str, entry: FileEntry, data_bytes: int) -> 
     return BlockSums(nbytes, block_bytes, crcs)
 
 
-def read_checked(fd: int, sums: BlockSums, start: int, out: memoryview, fail: Callable[[int], IntegrityError]) -> int:
-    """Fill `out` from byte `start` of a data file; every block that it touches is read and checked. Bytes read.
+class CheckedFile:
+    """An open data file of which no byte is taken before the block that it lies in has been checked.
 
-    Whole blocks go straight into `out`; of the first and the last, what is not wanted goes to a scratch.
-    fail: makes the error for a block that does not have its CRC32, from the block's number.
-    Raises OSError, and what `fail` makes.
+    Whole blocks go straight to where they are wanted. Of a block that is wanted in parts the last one is kept, so reads
+    in the file's order read each block once, however small they are.
     """
-    stop = start + len(out)
-    if not len(out):
-        return 0
-    first, last = start // sums.block_bytes, -(-stop // sums.block_bytes)
-    begin, end = first * sums.block_bytes, min(last * sums.block_bytes, sums.bytes)
-    before, after = bytearray(start - begin), bytearray(end - stop)
-    views = [memoryview(v) for v in (before, out, after) if len(v)]
-    read_full(fd, list(views), begin)
-    _check(sums, first, views, fail)
-    return end - begin
+
+    def __init__(self, fd: int, sums: BlockSums) -> None:
+        self._fd, self._bytes, self.block_bytes = fd, sums.bytes, sums.block_bytes
+        self._crcs: list[int] = sums.crcs.tolist()
+        self._kept: tuple[int, memoryview] = (-1, memoryview(b""))
+
+    def read(self, start: int, out: memoryview, fail: Callable[[int], IntegrityError]) -> int:
+        """Fill `out` from byte `start` on. Returns the bytes read from the file.
+
+        fail: makes the error for a block that does not have its CRC32, from the block's number.
+        Raises OSError, EOFError, and what `fail` makes.
+        """
+        size, stop, count = self.block_bytes, start + len(out), 0
+        whole_until = stop if stop == self._bytes else stop - stop % size
+        at = start
+        while at < stop:
+            block, within = divmod(at, size)
+            if within or at >= whole_until:
+                if self._kept[0] != block:
+                    content = memoryview(bytearray(min(size, self._bytes - block * size)))
+                    self._fill(content, block, fail)
+                    self._kept = block, content
+                    count += len(content)
+                part = self._kept[1][within : within + stop - at]
+                out[at - start : at - start + len(part)] = part
+            else:
+                part = out[at - start : at - start + min(whole_until - at, max(size, _READ_BYTES // size * size))]
+                self._fill(part, block, fail)
+                count += len(part)
+            at += len(part)
+        return count
+
+    def _fill(self, view: memoryview, first: int, fail: Callable[[int], IntegrityError]) -> None:
+        """Read whole blocks from block `first` on, and check them while they are in the core's cache."""
+        size = self.block_bytes
+        read_full(self._fd, [view], first * size)
+        for block, at in enumerate(range(0, len(view), size), first):
+            if isal_zlib.crc32(view[at : at + size]) != self._crcs[block]:
+                raise fail(block)
 
 
 def read_full(fd: int, views: list[memoryview], offset: int) -> None:
@@ -211,18 +267,3 @@ def read_full(fd: int, views: list[memoryview], offset: int) -> None:
             got -= len(views.pop(0))
         if views and got:
             views[0] = views[0][got:]
-
-
-def _check(sums: BlockSums, first: int, views: list[memoryview], fail: Callable[[int], IntegrityError]) -> None:
-    block, crc, seen = first, 0, 0
-    for view in views:
-        at = 0
-        while at < len(view):
-            part = view[at : at + sums.block_bytes - seen]
-            crc = isal_zlib.crc32(part, crc)
-            seen += len(part)
-            at += len(part)
-            if seen == min(sums.block_bytes, sums.bytes - block * sums.block_bytes):
-                if crc != sums.crcs[block]:
-                    raise fail(block)
-                block, crc, seen = block + 1, 0, 0

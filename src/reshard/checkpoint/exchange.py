@@ -2,44 +2,73 @@
 
 All ranks say which boxes they want, one collective. Rows of a chunk that one rank wants alone it reads straight into
 place. Rows that several want (replicas), or of which several want a few columns each (dim-1 shards), are cut into slabs;
-one of those ranks reads a slab and sends the others their part of it, in rounds of bounded size. Every rank knows the
-whole schedule, so nothing is asked or announced on the way but whether all reads of a round went well.
+one of those ranks reads a slab and sends the others their part of it.
+
+Every rank works out its own part of the schedule, and goes through its slabs in the order in which they are stored, with
+a bounded number of bytes under way. As that order is the same for all, nobody waits in a circle, and nothing is asked or
+announced. A rank that cannot read sends what it has, and says at the end that it was nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
 
-from reshard.checkpoint.manifest import Manifest
-from reshard.checkpoint.ranks import Ranks
-from reshard.checkpoint.reader import Files, Job, stored_chunks
-from reshard.checkpoint.state import Box, local_part
-from reshard.errors import IntegrityError
+from reshard.checkpoint.index import Index
+from reshard.checkpoint.manifest import Manifest, TensorEntry
+from reshard.checkpoint.offers import Offer, Spread, spreads
+from reshard.checkpoint.ranks import Messages, Ranks
+from reshard.checkpoint.reader import Files, Job, read_jobs
+from reshard.checkpoint.state import Box, dtype_from_name, local_part
+from reshard.errors import IntegrityError, ReshardError
 
-SLAB_BYTES = 4 << 20  # one reading and one message
-ROUND_BYTES = 16 << 20  # of slabs between two agreements; a rank holds at most about this much beside its tensors
+SLAB_BYTES = 4 << 20  # one reading and one message; small tensors are gathered up to it
+UNDER_WAY_BYTES = 16 << 20  # of slabs that a rank has sent or waits for: what it holds beside its tensors, about
+_ALIGNMENT = 16  # of each tensor's numbers in a message with several
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Rows of one stored chunk, over its full width, and which part of them each rank wants, by rank."""
+
+    chunk: Job  # where it is stored; its common and target are not meant
+    rows: Box
+    wants: tuple[tuple[int, Box], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return self.rows.volume * self.chunk.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Slab:
-    """Rows of one stored chunk that several ranks want: who reads them, and which part goes to whom."""
+    """Cuts that the same ranks want, and who of them reads."""
 
-    chunk: Job  # where it is stored; its common and target are not meant
-    rows: Box  # the rows, over the chunk's full width
     reader: int
-    wants: tuple[tuple[int, Box], ...]  # rank -> its part, by rank
+    takers: tuple[int, ...]
+    cuts: tuple[Cut, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return sum(cut.nbytes for cut in self.cuts)
+
+
+Parts = Mapping[str, tuple[Tensor, Box]]  # name -> this rank's numbers, and where in the tensor they lie
 
 
 def read_exchanging(
-    directory: Path, metadata: Metadata, wanted: Mapping[str, Tensor], ranks: Ranks, *, manifest: Manifest | None
+    directory: Path, index: Index, wanted: Mapping[str, Tensor], ranks: Ranks, *, manifest: Manifest | None
 ) -> int:
     """Fill this rank's part of each tensor, reading each stored byte once among all ranks. Returns this rank's bytes read.
 
@@ -47,131 +76,256 @@ def read_exchanging(
     Raises: as reader.read_tensors.
     """
     parts = {name: local_part(tensor) for name, tensor in wanted.items()}
-    boxes = ranks.everywhere(lambda: {name: box for name, (_, box) in parts.items()})
-    own, shared = plan(directory, metadata, boxes, ranks.rank, whole_chunks=manifest is None)
+    wants = ranks.everywhere(lambda: want(index, {name: box for name, (_, box) in parts.items()}))
+    plans: list[tuple[list[Job], list[Slab]]] = []
+    ranks.everywhere(lambda: plans.append(plan(directory, index, wants, ranks.rank, whole_chunks=manifest is None)))
+    ((own, shared),) = plans
     with Files(directory, manifest) as files, torch.no_grad():
+        flow = _Flow(parts, files, ranks)
+        flow.do(lambda: read_jobs(directory, manifest, [_aimed(job, parts) for job in own]))
+        flow.exchange(shared)
+        ranks.everywhere(flow.outcome)
+    return flow.bytes_read
 
-        def read_own() -> int:
-            jobs = sorted(own, key=lambda job: (job.file, job.offset))
-            return sum(files.read(_aimed(job, parts)) for job in jobs)
 
-        read = ranks.everywhere(read_own)[ranks.rank]
-        for batch in _rounds(shared):
-            read += _round(batch, parts, files, ranks)
-    return read
+def want(index: Index, boxes: Mapping[str, Box]) -> Offer:
+    """What a rank wants, told to the others. boxes: stored name -> its part of the tensor, which may be empty."""
+    stored = index.tensors
+    return Offer.of(
+        (name, TensorEntry(stored[name].shape, stored[name].dtype), box) for name, box in boxes.items() if box.volume
+    )
 
 
 def plan(
-    directory: Path, metadata: Metadata, boxes: Sequence[Mapping[str, Box]], rank: int, *, whole_chunks: bool
+    directory: Path, index: Index, wants: Sequence[Offer], rank: int, *, whole_chunks: bool
 ) -> tuple[list[Job], list[Slab]]:
-    """What does this rank read for itself, and what is read once for several? A pure function, the same on every rank.
+    """What does this rank read for itself, and in which slabs does it take part, in the order of the files?
 
-    whole_chunks: a chunk can only be checked whole (foreign directories), so it is one slab.
+    Time: that of this rank's own boxes and of the kinds of tensors; it does not go through the other ranks' tensors.
+    whole_chunks: a chunk can only be checked whole (foreign directories), so it is one cut.
     Raises IntegrityError where stored chunks do not cover what is wanted.
     """
+    tensors = spreads(wants)
+    known: dict[tuple[int, tuple[Box, ...]], list[tuple[int, Box, tuple[tuple[int, Box], ...]]]] = {}
     own: list[Job] = []
-    shared: list[Slab] = []
-    load = [0] * len(boxes)
-    for name in sorted({name for wants in boxes for name in wants}):
-        takers = [(r, wants[name]) for r, wants in enumerate(boxes) if name in wants and wants[name].volume]
-        filled = dict.fromkeys((r for r, _ in takers), 0)
-        for chunk in stored_chunks(directory, metadata, name):
-            commons = [(r, common) for r, box in takers if (common := box.overlap(chunk.chunk)) is not None]
-            for r, common in commons:
-                filled[r] += common.volume
-            for rows, wants in _intervals(chunk, commons, whole=whole_chunks):
-                nbytes = rows.volume * chunk.dtype.itemsize
-                if len(wants) == 1:
-                    load[wants[0][0]] += nbytes
-                    if wants[0][0] == rank:
-                        own.append(chunk.part(wants[0][1]))
-                    continue
-                reader = min((r for r, _ in wants), key=lambda r: (load[r], r))
-                load[reader] += nbytes
-                shared.append(Slab(chunk, rows, reader, tuple(wants)))
-        for r, box in takers:
-            if filled[r] != box.volume:
-                raise IntegrityError(
-                    f"`{directory}` stores {filled[r]} of the {box.volume} numbers wanted of {name}", path=directory
-                )
-    return own, shared
+    shared: list[Cut] = []
+    for name, _, box in wants[rank]:
+        spread, stored = tensors[name], index.tensors[name]
+        chunks = tuple(Box(chunk.offsets, chunk.sizes) for chunk in stored.chunks)
+        kind = id(spread), chunks
+        if kind not in known:
+            known[kind] = list(_cuts(spread, chunks, box, rank, whole_chunks=whole_chunks))
+        filled = 0
+        for number, rows, takers in known[kind]:
+            at, chunk = stored.chunks[number], chunks[number]
+            job = Job(name, at.file, at.offset, at.length, dtype_from_name(stored.dtype), chunk, chunk)
+            filled += next(part.volume for taker, part in takers if taker == rank)
+            if len(takers) == 1:
+                own.append(job.part(takers[0][1]))
+            else:
+                shared.append(Cut(job, rows, takers))
+        if filled != box.volume:
+            raise IntegrityError(
+                f"`{directory}` stores {filled} of the {box.volume} numbers wanted of {name}",
+                path=directory,
+                rank_local=True,
+            )
+    return own, _slabs(shared)
+
+
+def _cuts(
+    spread: Spread, chunks: Iterable[Box], mine: Box, rank: int, *, whole_chunks: bool
+) -> Iterator[tuple[int, Box, tuple[tuple[int, Box], ...]]]:
+    """Number of the chunk, rows and rank -> part, for all rows of a tensor that this rank wants something of."""
+    for number, chunk in enumerate(chunks):
+        if mine.overlap(chunk) is None:
+            continue
+        takers = [
+            (holder, common)
+            for box, holders in spread.holders.items()
+            if (common := box.overlap(chunk)) is not None
+            for holder in holders
+        ]
+        takers.sort()
+        for rows, parts in _intervals(chunk, spread.item_bytes, takers, whole=whole_chunks):
+            if any(taker == rank for taker, _ in parts):
+                yield number, rows, tuple(parts)
 
 
 def _intervals(
-    chunk: Job, commons: list[tuple[int, Box]], *, whole: bool
+    chunk: Box, item_bytes: int, takers: list[tuple[int, Box]], *, whole: bool
 ) -> Iterator[tuple[Box, list[tuple[int, Box]]]]:
     """Cut a chunk's rows where the set of takers changes, and shared runs into slabs; (rows, rank -> part) of each."""
-    if not commons:
+    if whole or not chunk.sizes:
+        yield chunk, takers
         return
-    box = chunk.chunk
-    if whole or not box.sizes:
-        yield box, commons
-        return
-    row_bytes = max(1, prod(box.sizes[1:]) * chunk.dtype.itemsize)
-    edges = sorted({e for _, c in commons for e in (c.offsets[0], c.offsets[0] + c.sizes[0])})
+    row_bytes = max(1, prod(chunk.sizes[1:]) * item_bytes)
+    edges = sorted({e for _, c in takers for e in (c.offsets[0], c.offsets[0] + c.sizes[0])})
     for start, stop in pairwise(edges):
-        takers = [(r, c) for r, c in commons if c.offsets[0] <= start and stop <= c.offsets[0] + c.sizes[0]]
-        step = stop - start if len(takers) == 1 else max(1, SLAB_BYTES // row_bytes)
-        for first in range(start, stop, step) if takers else ():
-            rows = Box((first, *box.offsets[1:]), (min(step, stop - first), *box.sizes[1:]))
-            yield rows, [(r, _rows_of(c, rows)) for r, c in takers]
+        here = [(r, c) for r, c in takers if c.offsets[0] <= start and stop <= c.offsets[0] + c.sizes[0]]
+        step = stop - start if len(here) == 1 else max(1, SLAB_BYTES // row_bytes)
+        for first in range(start, stop, step) if here else ():
+            rows = Box((first, *chunk.offsets[1:]), (min(step, stop - first), *chunk.sizes[1:]))
+            yield rows, [(r, _rows_of(c, rows)) for r, c in here]
 
 
 def _rows_of(part: Box, rows: Box) -> Box:
     return Box((rows.offsets[0], *part.offsets[1:]), (rows.sizes[0], *part.sizes[1:]))
 
 
-def _rounds(slabs: Sequence[Slab]) -> Iterator[list[Slab]]:
-    batch: list[Slab] = []
-    nbytes = 0
-    for slab in slabs:
-        size = slab.rows.volume * slab.chunk.dtype.itemsize
-        if batch and nbytes + size > ROUND_BYTES:
-            yield batch
-            batch, nbytes = [], 0
-        batch.append(slab)
-        nbytes += size
-    if batch:
-        yield batch
+def _slabs(cuts: list[Cut]) -> list[Slab]:
+    """Gather small cuts of the same ranks, and let those take turns in reading, by bytes.
+
+    Ranks that share a slab come to the same, as each looks only at what the very same ranks want, in the same order.
+    """
+    cuts.sort(key=_place)
+    bundles: dict[tuple[int, ...], list[list[Cut]]] = {}
+    for cut in cuts:
+        of_same = bundles.setdefault(tuple(taker for taker, _ in cut.wants), [[]])
+        if of_same[-1] and sum(c.nbytes for c in of_same[-1]) + cut.nbytes > SLAB_BYTES:
+            of_same.append([])
+        of_same[-1].append(cut)
+    slabs = []
+    for takers, of_same in bundles.items():
+        load = dict.fromkeys(takers, 0)
+        for bundle in of_same:
+            slab = Slab(min(takers, key=load.__getitem__), takers, tuple(bundle))
+            load[slab.reader] += slab.nbytes
+            slabs.append(slab)
+    return sorted(slabs, key=lambda slab: _place(slab.cuts[0]))
 
 
-def _round(batch: list[Slab], parts: Mapping[str, tuple[Tensor, Box]], files: Files, ranks: Ranks) -> int:
-    """Read this rank's slabs of a round, agree that all went well, then send and receive. Returns the bytes read."""
-    held: dict[int, Tensor] = {}
-
-    def read() -> int:
-        count = 0
-        for i, slab in enumerate(batch):
-            if slab.reader == ranks.rank:
-                held[i] = torch.empty(slab.rows.sizes, dtype=slab.chunk.dtype)
-                count += files.read(slab.chunk.part(slab.rows, held[i]))
-        return count
-
-    counted = ranks.everywhere(read)[ranks.rank]
-    incoming: list[tuple[Slab, Box, Tensor]] = []
-    with ranks.messages() as messages:
-        for i, slab in enumerate(batch):
-            for taker, part in slab.wants:
-                if slab.reader == ranks.rank:
-                    values = held[i][part.slices_in(slab.rows)] if part.sizes else held[i]
-                    if taker == ranks.rank:
-                        _place(values, slab, part, parts)
-                    else:
-                        messages.send(values.contiguous(), taker)
-                elif taker == ranks.rank:
-                    buffer = torch.empty(part.sizes, dtype=slab.chunk.dtype)
-                    messages.receive(buffer, slab.reader)
-                    incoming.append((slab, part, buffer))
-    for slab, part, buffer in incoming:
-        _place(buffer, slab, part, parts)
-    return counted
+def _place(cut: Cut) -> tuple[str, int, tuple[int, ...]]:
+    return cut.chunk.file, cut.chunk.offset, cut.rows.offsets
 
 
-def _place(values: Tensor, slab: Slab, part: Box, parts: Mapping[str, tuple[Tensor, Box]]) -> None:
-    local, box = parts[slab.chunk.name]
-    (local[part.slices_in(box)] if part.sizes else local).copy_(values)
+class _Flow:
+    """One rank's reading and exchanging. The first error is kept: the other ranks wait for our messages all the same."""
+
+    def __init__(self, parts: Parts, files: Files, ranks: Ranks) -> None:
+        self._parts, self._files, self._ranks = parts, files, ranks
+        self._failure: ReshardError | None = None
+        self.bytes_read = 0
+
+    def outcome(self) -> None:
+        """Raise what went wrong on this rank."""
+        if self._failure is not None:
+            raise self._failure
+
+    def do(self, read: Callable[[], int]) -> None:
+        """Read something, which says how many bytes it was; nothing any more once something went wrong."""
+        if self._failure is None:
+            try:
+                self.bytes_read += read()
+            except ReshardError as error:
+                self._failure = error
+
+    def exchange(self, slabs: Iterable[Slab]) -> None:
+        """Read, send and receive this rank's slabs, with some bytes under way at any time."""
+        under_way: deque[tuple[int, ExitStack]] = deque()
+        nbytes = 0
+        for slab in slabs:
+            under_way.append((slab.nbytes, self._begin(slab)))
+            nbytes += slab.nbytes
+            while nbytes > UNDER_WAY_BYTES:
+                done, stack = under_way.popleft()
+                stack.close()
+                nbytes -= done
+        for _, stack in under_way:
+            stack.close()
+
+    def _begin(self, slab: Slab) -> ExitStack:
+        """Set a slab's messages going. Closing what is returned waits for them, and puts in place what they brought."""
+        stack = ExitStack()
+        single = len(slab.cuts) == 1
+        if slab.reader == self._ranks.rank:
+            messages = stack.enter_context(self._ranks.messages())
+            if single:
+                self._send_rows(slab.cuts[0], messages)
+            else:
+                self._send_bundle(slab, messages)
+            return stack
+        parts = [(cut, part) for cut in slab.cuts for taker, part in cut.wants if taker == self._ranks.rank]
+        if single:
+            cut, part = parts[0]
+            target = self._target(cut.chunk.name, part)
+            buffer = target if _is_plain(target, cut.chunk.dtype) else torch.empty(part.sizes, dtype=cut.chunk.dtype)
+            if buffer is not target:
+                stack.callback(target.copy_, buffer)
+        else:
+            buffer = torch.empty(_bundle_bytes(parts), dtype=torch.uint8)
+            stack.callback(partial(self._unpack, buffer, parts))
+        stack.enter_context(self._ranks.messages()).receive(buffer, slab.reader)
+        return stack
+
+    def _send_rows(self, cut: Cut, messages: Messages) -> None:
+        """Read rows, into their own place if this rank wants all of them, and send each taker its part."""
+        dtype, rank = cut.chunk.dtype, self._ranks.rank
+        mine = next(part for taker, part in cut.wants if taker == rank)
+        target = self._target(cut.chunk.name, mine)
+        in_place = mine == cut.rows and _is_plain(target, dtype)
+        values = target if in_place else torch.empty(cut.rows.sizes, dtype=dtype)
+        self.do(lambda: self._files.read(cut.chunk.part(cut.rows, values)))
+        for taker, part in cut.wants:
+            if taker != rank:
+                messages.send(_part_of(values, part, cut.rows).contiguous(), taker)
+        if not in_place:
+            target.copy_(_part_of(values, mine, cut.rows))
+
+    def _send_bundle(self, slab: Slab, messages: Messages) -> None:
+        """Read small cuts, and send each taker its parts of all of them in one message."""
+        values = [torch.empty(cut.rows.sizes, dtype=cut.chunk.dtype) for cut in slab.cuts]
+        jobs = [cut.chunk.part(cut.rows, v) for cut, v in zip(slab.cuts, values, strict=True)]
+        self.do(lambda: sum(map(self._files.read, jobs)))
+        sent: dict[tuple[Box, ...], Tensor] = {}  # replicas all get the same
+        for number, taker in enumerate(slab.takers):
+            boxes = tuple(cut.wants[number][1] for cut in slab.cuts)
+            if taker == self._ranks.rank:
+                for cut, box, v in zip(slab.cuts, boxes, values, strict=True):
+                    self._target(cut.chunk.name, box).copy_(_part_of(v, box, cut.rows))
+                continue
+            if boxes not in sent:
+                parts = list(zip(slab.cuts, boxes, strict=True))
+                sent[boxes] = torch.empty(_bundle_bytes(parts), dtype=torch.uint8)
+                for (cut, box), v, room in zip(parts, values, _rooms(sent[boxes], parts), strict=True):
+                    room.copy_(_part_of(v, box, cut.rows))
+            messages.send(sent[boxes], taker)
+
+    def _unpack(self, buffer: Tensor, parts: list[tuple[Cut, Box]]) -> None:
+        for (cut, box), room in zip(parts, _rooms(buffer, parts), strict=True):
+            self._target(cut.chunk.name, box).copy_(room)
+
+    def _target(self, name: str, part: Box) -> Tensor:
+        local, box = self._parts[name]
+        return local if part == box else local[part.slices_in(box)]
 
 
-def _aimed(job: Job, parts: Mapping[str, tuple[Tensor, Box]]) -> Job:
+def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Can stored bytes go straight into its memory?"""
+    return tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def _part_of(values: Tensor, part: Box, rows: Box) -> Tensor:
+    return values if part == rows else values[part.slices_in(rows)]
+
+
+def _bundle_bytes(parts: list[tuple[Cut, Box]]) -> int:
+    return sum(_padded(box.volume * cut.chunk.dtype.itemsize) for cut, box in parts)
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _rooms(buffer: Tensor, parts: list[tuple[Cut, Box]]) -> Iterator[Tensor]:
+    """Where each part lies in a message."""
+    at = 0
+    for cut, box in parts:
+        nbytes = box.volume * cut.chunk.dtype.itemsize
+        yield buffer[at : at + nbytes].view(cut.chunk.dtype).view(box.sizes)
+        at += _padded(nbytes)
+
+
+def _aimed(job: Job, parts: Parts) -> Job:
     local, box = parts[job.name]
-    return job.part(job.common, local[job.common.slices_in(box)] if job.common.sizes else local)
+    return job.part(job.common, local if job.common == box else local[job.common.slices_in(box)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -82,12 +83,7 @@ def read_index(content: bytes, directory: Path) -> Index:
     Raises FormatError where its pickle names what no index needs, IntegrityError where it contradicts itself.
     """
     path = directory / METADATA
-    return checked(loads(content, _ALLOWED, path=path, most_bytes=MOST_BYTES), directory)
-
-
-def checked(found: Any, directory: Path) -> Index:
-    """What an unpickled index (torch's classes or the stand-ins below) says. Raises IntegrityError where it cannot be."""
-    path = directory / METADATA
+    found = loads(content, _ALLOWED, path=path, most_bytes=MOST_BYTES)
 
     def damaged(reason: str) -> IntegrityError:
         return IntegrityError(f"`{path}` is not a DCP index: {reason}", path=directory, files=[METADATA])
@@ -99,7 +95,7 @@ def checked(found: Any, directory: Path) -> Index:
         for name, entry in described.items():
             if type(name) is not str:
                 raise TypeError("a name that is not text")
-            if hasattr(entry, "chunks") or type(entry).__name__ == "TensorStorageMetadata":
+            if hasattr(entry, "chunks") or isinstance(entry, _TensorEntry):
                 tensors[name] = _tensor(name, entry, storage)
     except (TypeError, ValueError, AttributeError, LookupError) as error:
         raise damaged(str(error) or type(error).__name__) from None
@@ -137,18 +133,25 @@ def _place(info: Any) -> tuple[str, int, int]:
     """File, offset and length, each a plain value."""
     if type(info.relative_path) is not str:
         raise TypeError("a file name that is not text")
-    name = PurePosixPath(info.relative_path)
+    _check_inside(info.relative_path)
+    offset, length = _naturals((info.offset, info.length))
+    return info.relative_path, offset, length
+
+
+@lru_cache(maxsize=4096)
+def _check_inside(file: str) -> None:
+    name = PurePosixPath(file)
     if name.is_absolute() or ".." in name.parts or not name.parts or "\0" in str(name):
         raise ValueError(f"an item lies in `{str(name)[:80]}`, outside of the directory")
-    offset, length = _dims((info.offset, info.length))
-    return info.relative_path, offset, length
 
 
 def _tensor(
     name: str, entry: Any, storage: Mapping[tuple[str, tuple[int, ...]], tuple[str, int, int]]
 ) -> IndexedTensor:
     shape = _dims(entry.size)
-    dtype = str(entry.properties.dtype).removeprefix("torch.")
+    if not isinstance(entry.properties.dtype, _Dtype):
+        raise TypeError(f"{name} has no dtype")
+    dtype = entry.properties.dtype.name
     boxes = [(_dims(chunk.offsets), _dims(chunk.sizes)) for chunk in entry.chunks]
     for offsets, sizes in boxes:
         if not len(shape) == len(offsets) == len(sizes) or any(
@@ -178,10 +181,17 @@ def _check_places(storage: Mapping[Any, tuple[str, int, int]], damaged: Any) -> 
             raise damaged(f"two items share byte {next_offset:,} of {file}")
 
 
-def _dims(values: Iterable[Any]) -> tuple[int, ...]:
+@lru_cache(maxsize=65536)
+def _dims(values: Any) -> tuple[int, ...]:
+    """The same numbers as a plain tuple. Most chunks of an index have the same few."""
+    return _naturals(values)
+
+
+def _naturals(values: Iterable[Any]) -> tuple[int, ...]:
     dims = tuple(values)
-    if not all(type(value) is int and 0 <= value < 2**63 for value in dims):
-        raise ValueError("a number that is no size")
+    for value in dims:
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise ValueError("a number that is no size")
     return dims
 
 
@@ -189,7 +199,15 @@ def _dims(values: Iterable[Any]) -> tuple[int, ...]:
 
 
 class _Entry:
-    """Any of the index's dataclasses: has the attributes that the pickle gives it."""
+    """Any of the index's dataclasses: has the attributes that the pickle gives it.
+
+    torch's pickles set them by name; ours, which are made to be read fast, call the class with the first few `fields`.
+    """
+
+    fields: tuple[str, ...] = ()
+
+    def __init__(self, *values: Any) -> None:
+        self.__dict__.update(zip(self.fields, values, strict=False))
 
 
 class _Properties(_Entry):
@@ -205,8 +223,26 @@ class _MetadataEntry(_Entry):
     storage_data: Any = None
 
 
+@dataclass(frozen=True)
+class _Dtype:
+    name: str
+
+
 class _IndexEntry(_Entry):
+    fields = ("fqn", "offset", "index")
     offset: Any = None
+
+
+class _ChunkEntry(_Entry):
+    fields = ("offsets", "sizes")
+
+
+class _TensorEntry(_Entry):
+    fields = ("properties", "size", "chunks")
+
+
+class _PlaceEntry(_Entry):
+    fields = ("relative_path", "offset", "length")
 
 
 def _same(value: Any = None, *_: Any) -> Any:
@@ -222,7 +258,7 @@ _DTYPES = (*ITEM_BYTES, "complex32", "qint8", "quint8", "qint32", "quint4x2", "q
 _ALLOWED: dict[tuple[str, str], object] = {
     ("torch", "Size"): _size,
     ("torch.serialization", "_get_layout"): _same,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): type("_StorageInfo", (_Entry,), {}),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _PlaceEntry,
     ("collections", "OrderedDict"): dict,
     ("collections", "defaultdict"): dict,
     ("pathlib", "PosixPath"): PurePosixPath,
@@ -232,8 +268,8 @@ _ALLOWED: dict[tuple[str, str], object] = {
         ("torch.distributed.checkpoint.metadata", name): stand_in
         for name, stand_in in {
             "Metadata": _MetadataEntry,
-            "TensorStorageMetadata": type("TensorStorageMetadata", (_Entry,), {}),
-            "ChunkStorageMetadata": type("ChunkStorageMetadata", (_Entry,), {}),
+            "TensorStorageMetadata": _TensorEntry,
+            "ChunkStorageMetadata": _ChunkEntry,
             "BytesStorageMetadata": type("BytesStorageMetadata", (_Entry,), {}),
             "StorageMeta": type("StorageMeta", (_Entry,), {}),
             "TensorProperties": _Properties,
@@ -241,5 +277,5 @@ _ALLOWED: dict[tuple[str, str], object] = {
             "_MEM_FORMAT_ENCODING": _same,
         }.items()
     },
-    **{("torch", name): name for name in _DTYPES},
+    **{("torch", name): _Dtype(name) for name in _DTYPES},
 }

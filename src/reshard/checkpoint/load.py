@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from reshard.checkpoint.exchange import read_exchanging
+from reshard.checkpoint.index import Index, index_bytes, read_index
 from reshard.checkpoint.layout import Entry, entries, is_foreign, set_aside_before, step_directory
 from reshard.checkpoint.manifest import Manifest, read_manifest
-from reshard.checkpoint.metadata import read_metadata
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.reader import check_names, read_tensors
-from reshard.checkpoint.state import dtype_name
 from reshard.errors import NotACheckpoint, TornCheckpoint, listed
 
 logger = logging.getLogger(__name__)
@@ -152,26 +150,27 @@ def load(directory: Path, state: Mapping[str, Tensor], ranks: Ranks, *, cast: bo
     Raises: TensorMismatch, IntegrityError, StorageError.
     """
 
-    def index() -> tuple[Manifest | None, Metadata]:
-        manifest = None if is_foreign(directory) else read_manifest(directory)
-        metadata = read_metadata(directory, manifest)
-        check_names(directory, metadata, state, cast=cast)
-        return manifest, metadata
+    def look() -> tuple[Manifest | None, Index]:
+        manifest, index = open_index(directory)
+        check_names(directory, index, state, cast=cast)
+        return manifest, index
 
     if ranks.size == 1:
-        manifest, metadata = index()
-        return read_tensors(directory, metadata, state, manifest=manifest)
-    opened: list[tuple[Manifest | None, Metadata]] = []
-    ranks.everywhere(lambda: opened.append(index()))
-    manifest, metadata = opened[0]
-    return read_exchanging(directory, metadata, state, ranks, manifest=manifest)
+        manifest, index = look()
+        return read_tensors(directory, index, state, manifest=manifest)
+    opened: list[tuple[Manifest | None, Index]] = []
+    ranks.everywhere(lambda: opened.append(look()))
+    manifest, index = opened[0]
+    return read_exchanging(directory, index, state, ranks, manifest=manifest)
+
+
+def open_index(directory: Path) -> tuple[Manifest | None, Index]:
+    """Manifest and index of a checkpoint, or of a foreign DCP directory, which has no manifest."""
+    manifest = None if is_foreign(directory) else read_manifest(directory)
+    return manifest, read_index(index_bytes(directory, manifest), directory)
 
 
 def stored_names(directory: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Every stored tensor's shape and dtype name, from the DCP index."""
-    manifest = None if is_foreign(directory) else read_manifest(directory)
-    return {
-        name: (tuple(t.size), dtype_name(t.properties.dtype))
-        for name, t in read_metadata(directory, manifest).state_dict_metadata.items()
-        if isinstance(t, TensorStorageMetadata)  # a pickled object of another program is no tensor of ours
-    }
+    """Every stored tensor's shape and dtype name, from the DCP index; what is no tensor has none."""
+    _, index = open_index(directory)
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in index.tensors.items()}

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,10 +80,21 @@ def crc32_hex(data: bytes) -> str:
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """The manifest as it lies on disk: sorted, one key a line, ending in a digest of all before it."""
-    body = asdict(manifest)
-    body["tensors"] = {name: {"shape": list(t.shape), "dtype": t.dtype} for name, t in manifest.tensors.items()}
-    return json.dumps(body | {"digest": _digest(body)}, indent=1, sort_keys=True).encode() + b"\n"
+    """The manifest as it lies on disk: sorted, a line for each field, tensor and file, and a digest of all of it."""
+    body = {f.name: getattr(manifest, f.name) for f in fields(manifest)}
+    body["tensors"] = {name: {"dtype": t.dtype, "shape": t.shape} for name, t in manifest.tensors.items()}
+    body["files"] = {name: {"bytes": f.bytes, "crc32": f.crc32} for name, f in manifest.files.items()}
+    body["digest"] = _digest(body)
+    lines = ",\n".join(f" {json.dumps(name)}: {_indented(value)}" for name, value in sorted(body.items()))
+    return f"{{\n{lines}\n}}\n".encode()
+
+
+def _indented(value: Any) -> str:
+    """A dict with a line for each of its keys, anything else in one line. (json's own indent is slow Python.)"""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value)
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value[name], sort_keys=True)}" for name in sorted(value))
+    return f"{{\n{lines}\n }}"
 
 
 def _digest(body: dict[str, Any]) -> str:

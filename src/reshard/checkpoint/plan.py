@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from reshard.checkpoint.manifest import TensorEntry
+from reshard.checkpoint.offers import Offer, Spread, spreads
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.state import Box, Piece
 
@@ -15,27 +17,25 @@ Key = tuple[str, Box]
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What the others must know of a piece: everything but its numbers."""
-
-    fqn: str
-    shape: tuple[int, ...]
-    dtype: str
-    box: Box
-    nbytes: int
-
-
-@dataclass(frozen=True)
 class SavePlan:
-    """The whole save as one rank sees it.
+    """The whole save, as rank `rank` sees it. paths: name -> its place in the nested state."""
 
-    mine: what this rank writes. keys: what all ranks write together. paths: name -> its place in the nested state.
-    """
-
-    mine: frozenset[Key]
-    keys: frozenset[Key]
+    rank: int
     tensors: Mapping[str, TensorEntry]
     paths: Mapping[str, tuple[str, ...]]
+    offers: Sequence[Offer]
+    writers: Mapping[Key, int]  # of what several ranks hold; the rest is written by its only holder
+
+    @cached_property
+    def mine(self) -> frozenset[Key]:
+        """What this rank writes."""
+        return frozenset((name, box) for name, _, box in self.written_by(self.rank))
+
+    def written_by(self, rank: int) -> Iterator[tuple[str, TensorEntry, Box]]:
+        """What a rank writes, in the order in which it does."""
+        for name, entry, box in self.offers[rank]:
+            if self.writers.get((name, box), rank) == rank:
+                yield name, entry, box
 
 
 class Planner:
@@ -51,75 +51,76 @@ class Planner:
         The key is a digest of everything that decides the plan: names, shapes, dtypes, boxes and paths. A rank whose
         own offer it knows still takes part in the gathering when another's has changed.
         """
-        offer = [planned(piece) for piece in pieces]
-        content = [(p.fqn, p.shape, p.dtype, p.box.offsets, p.box.sizes) for p in offer]
-        key = hashlib.blake2b(pickle.dumps((content, dict(paths)), protocol=5), digest_size=16).digest()
+        offer = offer_of(pieces, paths)
+        key = hashlib.blake2b(offer.packed + repr(offer.boxes).encode(), digest_size=16).digest()
         (news,) = self._ranks.maximum(int(key not in self._plans))
         if news:
-            self._plans[key] = make_plan(self._ranks.everywhere(lambda: (dict(paths), offer)), self._ranks.rank)
+            self._plans[key] = make_plan(self._ranks.everywhere(lambda: offer), self._ranks.rank)
         return self._plans[key]
 
 
-def make_plan(offers: Sequence[tuple[Mapping[str, tuple[str, ...]], Sequence[Planned]]], rank: int) -> SavePlan:
-    """The plan for what each rank offers, in rank order. A pure function, so that all ranks come to the same."""
-    tensors = check_coverage(offer for _, offer in offers)
-    chosen = assign([offer for _, offer in offers])
-    return SavePlan(
-        mine=frozenset(chosen[rank]),
-        keys=frozenset(key for keys in chosen for key in keys),
-        tensors=tensors,
-        paths={fqn: path for paths, _ in offers for fqn, path in paths.items()},
-    )
+def offer_of(pieces: Iterable[Piece], paths: Mapping[str, tuple[str, ...]]) -> Offer:
+    """What the others must know of pieces: everything but their numbers."""
+    return Offer.of(((p.fqn, TensorEntry(p.shape, p.dtype), p.box) for p in pieces), paths)
 
 
-def planned(piece: Piece) -> Planned:
-    """The piece without its numbers."""
-    return Planned(piece.fqn, piece.shape, piece.dtype, piece.box, piece.nbytes)
+def make_plan(offers: Sequence[Offer], rank: int) -> SavePlan:
+    """The plan for what each rank offers, in rank order. A pure function, so that all ranks come to the same.
 
-
-def assign(offers: Sequence[Sequence[Planned]]) -> list[set[tuple[str, Box]]]:
-    """Which rank writes which piece? Each box is written once, by the offering rank that has least so far.
-
-    offers: what each rank holds, in rank order. A pure function, so that every rank comes to the same answer without
-    a second round. Large pieces are placed first: the small ones then level the ranks.
+    Time and memory: a few numbers for each kind of tensor and rank, and for each box that several ranks hold.
     """
-    holders: dict[tuple[str, Box], list[int]] = {}
-    nbytes: dict[tuple[str, Box], int] = {}
-    for rank, offer in enumerate(offers):
-        for p in offer:
-            holders.setdefault((p.fqn, p.box), []).append(rank)
-            nbytes[p.fqn, p.box] = p.nbytes
-    load = [0] * len(offers)
-    chosen: list[set[tuple[str, Box]]] = [set() for _ in offers]
-    # Those that only one rank can write first: the others are free to balance around them.
-    for key in sorted(holders, key=lambda k: (len(holders[k]) > 1, -nbytes[k], k[0], k[1].offsets)):
-        rank = min(holders[key], key=lambda r: (load[r], r))
-        chosen[rank].add(key)
-        load[rank] += nbytes[key]
-    return chosen
+    tensors = spreads(offers)
+    for name, spread in {id(spread): (name, spread) for name, spread in tensors.items()}.values():
+        check_coverage(name, spread)
+    writers = assign(tensors, len(offers))
+    different = {offer.packed: offer.names for offer in offers}.values()
+    paths = {name: path for names in different for name, path in names.paths.items()}
+    return SavePlan(rank, {name: spread.entry for name, spread in tensors.items()}, paths, offers, writers)
 
 
-def check_coverage(offers: Iterable[Iterable[Planned]]) -> dict[str, TensorEntry]:
-    """Do the ranks' boxes tile every tensor, each number once? Returns the tensors that will be stored.
+def assign(tensors: Mapping[str, Spread], ranks: int) -> dict[Key, int]:
+    """Which rank writes what several hold? Each such box is written once, by the one of its ranks that has least so far.
+
+    A pure function, so that every rank comes to the same answer without a second round. What only one rank can write
+    counts first, then large boxes are placed before small ones, which level the ranks.
+    """
+    load = [0] * ranks
+    counts = Counter(id(spread) for spread in tensors.values())
+    for spread in {id(spread): spread for spread in tensors.values()}.values():
+        for box, holders in spread.holders.items():
+            if len(holders) == 1:
+                load[holders[0]] += box.volume * spread.item_bytes * counts[id(spread)]
+    shared = [
+        (-box.volume * spread.item_bytes, name, box, holders)
+        for name, spread in tensors.items()
+        for box, holders in spread.shared
+    ]
+    writers = {}
+    for negative_bytes, name, box, holders in sorted(shared, key=lambda s: s[:3]):
+        writer = min(holders, key=load.__getitem__)  # of equal ones the lowest: they ascend
+        writers[name, box] = writer
+        load[writer] -= negative_bytes
+    return writers
+
+
+def check_coverage(name: str, spread: Spread) -> None:
+    """Do the ranks' boxes tile this tensor, each number once?
 
     A gap or an overlap is a bug in whoever made the state, so it is an AssertionError, before a byte is written.
     """
-    boxes: dict[str, set[Box]] = {}
-    entries: dict[str, TensorEntry] = {}
-    for offer in offers:
-        for p in offer:
-            entry = entries.setdefault(p.fqn, TensorEntry(p.shape, p.dtype))
-            assert entry == TensorEntry(p.shape, p.dtype), f"ranks disagree on {p.fqn}: {entry}, {p.shape} {p.dtype}"
-            assert p.box.within(p.shape), f"{p.fqn}: {p.box} lies outside of {p.shape}"
-            boxes.setdefault(p.fqn, set()).add(p.box)
-    for fqn, parts in boxes.items():
-        whole = Box((0,) * len(entries[fqn].shape), entries[fqn].shape)
-        volume = sum(box.volume for box in parts)
-        assert volume == whole.volume, f"{fqn}: the ranks hold {volume} numbers of {whole.volume}"
-        ordered = sorted(parts, key=lambda b: b.offsets)
-        for i, box in enumerate(ordered):
-            for other in ordered[i + 1 :]:
-                if other.offsets and other.offsets[0] >= box.offsets[0] + box.sizes[0]:
-                    break  # sorted by the first dim: none of the later ones can meet this box
-                assert box.overlap(other) is None, f"{fqn}: {box} and {other} overlap"
-    return entries
+    shape, boxes = spread.entry.shape, list(spread.holders)
+    for box in boxes:
+        assert box.within(shape), f"{name}: {box} lies outside of {shape}"
+    volume, whole = sum(box.volume for box in boxes), Box((0,) * len(shape), shape).volume
+    assert volume == whole, f"{name}: the ranks hold {volume} numbers of {whole}"
+    # Along the dim with most cuts, only boxes that follow each other closely can meet.
+    dim = max(range(len(shape)), key=lambda d: len({box.offsets[d] for box in boxes}), default=None)
+    if dim is None:
+        return
+    boxes.sort(key=lambda box: box.offsets[dim])
+    for i, box in enumerate(boxes):
+        end = box.offsets[dim] + box.sizes[dim]
+        for j in range(i + 1, len(boxes)):
+            if boxes[j].offsets[dim] >= end:
+                break
+            assert box.overlap(boxes[j]) is None, f"{name}: {box} and {boxes[j]} overlap"

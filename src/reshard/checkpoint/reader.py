@@ -9,48 +9,51 @@ import logging
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from reshard.checkpoint import archive
-from reshard.checkpoint.blocks import SUFFIX, BlockSums, read_checked, read_full, read_sums
-from reshard.checkpoint.index import Chunk, open_item
+from reshard.checkpoint.blocks import SUFFIX, CheckedFile, read_full, read_sums
+from reshard.checkpoint.index import Chunk, Index, open_item
 from reshard.checkpoint.manifest import Manifest, crc32
-from reshard.checkpoint.state import Box, bytes_of, dtype_name, local_part
+from reshard.checkpoint.state import Box, bytes_of, dtype_from_name, dtype_name, local_part
 from reshard.errors import IntegrityError, StorageError, TensorMismatch
 from reshard.torch_zip import crc_of
 
 logger = logging.getLogger(__name__)
 
+# Threads that read for one rank. Reading, checking and copying all let the others run meanwhile.
+READERS = min(4, os.cpu_count() or 1)
+BYTES_PER_READER = 8 << 20  # for less, a thread is not worth its start
 
-def check_names(directory: Path, metadata: Metadata, wanted: Mapping[str, Tensor], *, cast: bool) -> None:
+
+def check_names(directory: Path, index: Index, wanted: Mapping[str, Tensor], *, cast: bool) -> None:
     """Does the checkpoint hold these tensors, in these shapes (and dtypes, unless cast)? Raises TensorMismatch."""
-    missing = [name for name in wanted if name not in metadata.state_dict_metadata]
+    missing = []
     wrong: dict[str, tuple[str, str]] = {}
     for name, tensor in wanted.items():
-        stored = metadata.state_dict_metadata.get(name)
+        stored = index.tensors.get(name)
         if stored is None:
-            continue
-        if not isinstance(stored, TensorStorageMetadata):
-            wrong[name] = ("a tensor", "a pickled object")
-        elif tuple(stored.size) != tuple(tensor.shape):
-            wrong[name] = (f"shape {tuple(tensor.shape)}", f"{tuple(stored.size)}")
-        elif not cast and stored.properties.dtype != tensor.dtype:
-            wrong[name] = (dtype_name(tensor.dtype), dtype_name(stored.properties.dtype))
+            if name in index.objects:
+                wrong[name] = ("a tensor", "a pickled object")
+            else:
+                missing.append(name)
+        elif stored.shape != tuple(tensor.shape):
+            wrong[name] = (f"shape {tuple(tensor.shape)}", f"{stored.shape}")
+        elif stored.dtype != dtype_name(tensor.dtype) and not cast:
+            wrong[name] = (dtype_name(tensor.dtype), stored.dtype)
     if missing or wrong:
         raise TensorMismatch(
             f"checkpoint `{directory}` does not fit the model", path=directory, missing=missing, wrong=wrong
         )
 
 
-def read_tensors(
-    directory: Path, metadata: Metadata, wanted: Mapping[str, Tensor], *, manifest: Manifest | None
-) -> int:
+def read_tensors(directory: Path, index: Index, wanted: Mapping[str, Tensor], *, manifest: Manifest | None) -> int:
     """Fill this rank's part of each tensor in place, on its own. Returns the bytes read.
 
     wanted: stored name -> destination (a DTensor's local shard is filled); numbers are converted to its dtype, so call
@@ -59,26 +62,37 @@ def read_tensors(
     Memory: none for rows of CPU tensors of the stored dtype, else one chunk.
     Raises: IntegrityError naming file and tensor where a stored CRC, size or shape disagrees; StorageError.
     """
-    jobs = [job for name, tensor in wanted.items() for job in _jobs(directory, metadata, name, tensor)]
+    return read_jobs(directory, manifest, [j for name, t in wanted.items() for j in _jobs(directory, index, name, t)])
+
+
+def read_jobs(directory: Path, manifest: Manifest | None, jobs: list[Job]) -> int:
+    """Read many jobs in the order of the files, on several threads where that pays. Returns the bytes read.
+
+    Raises as read_tensors; of several errors that of the first thread.
+    """
     jobs.sort(key=lambda job: (job.file, job.offset))
-    with Files(directory, manifest) as files, torch.no_grad():
-        return sum(files.read(job) for job in jobs)
+    total = sum(job.nbytes for job in jobs)
+    count = min(READERS, total // BYTES_PER_READER + 1)
+    runs: list[list[Job]] = [[] for _ in range(count)]
+    before = 0
+    for job in jobs:
+        runs[before * count // max(1, total)].append(job)
+        before += job.nbytes
 
+    def read(run: list[Job]) -> int:
+        with Files(directory, manifest) as files, torch.no_grad():
+            return sum(files.read(job) for job in run)
 
-def read_whole(directory: Path, metadata: Metadata, name: str, manifest: Manifest | None) -> Tensor:
-    """One stored tensor, whole, on CPU."""
-    stored = metadata.state_dict_metadata[name]
-    assert isinstance(stored, TensorStorageMetadata)
-    result = torch.empty(stored.size, dtype=stored.properties.dtype)
-    read_tensors(directory, metadata, {name: result}, manifest=manifest)
-    return result
+    if count == 1:
+        return read(jobs)
+    with ThreadPoolExecutor(count, "reshard read") as pool:
+        return sum(pool.map(read, runs))
 
 
 _NOWHERE = torch.empty(0)
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One stored chunk, the part of it that is wanted, and where that goes."""
 
     name: str
@@ -90,36 +104,36 @@ class Job:
     common: Box  # the part of the chunk that is wanted
     target: Tensor = _NOWHERE  # of common's sizes, often a view of a rank's shard
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the part that is wanted."""
+        return self.common.volume * self.dtype.itemsize
+
     def part(self, common: Box, target: Tensor = _NOWHERE) -> Job:
         """The same chunk, another part of it."""
-        return replace(self, common=common, target=target)
+        return self._replace(common=common, target=target)
 
 
-def stored_chunks(directory: Path, metadata: Metadata, name: str) -> list[Job]:
-    """Where is each chunk of a tensor stored? Raises IntegrityError where the index does not say."""
-    stored = metadata.state_dict_metadata[name]
-    assert isinstance(stored, TensorStorageMetadata)
-    found = []
-    for piece in stored.chunks:
-        box = Box(tuple(piece.offsets), tuple(piece.sizes))
-        info = metadata.storage_data.get(MetadataIndex(name, piece.offsets))
-        if info is None:
-            raise IntegrityError(
-                f"`{directory}` does not say where {name} at {box.offsets} is stored", path=directory, rank_local=True
-            )
-        found.append(Job(name, info.relative_path, info.offset, info.length, stored.properties.dtype, box, box))
-    return found
+def _chunks(index: Index, name: str) -> list[Job]:
+    """All chunks of a tensor, each wanted whole; nowhere yet."""
+    stored = index.tensors[name]
+    dtype = dtype_from_name(stored.dtype)
+    boxes = [Box(chunk.offsets, chunk.sizes) for chunk in stored.chunks]
+    return [
+        Job(name, chunk.file, chunk.offset, chunk.length, dtype, box, box)
+        for chunk, box in zip(stored.chunks, boxes, strict=True)
+    ]
 
 
-def _jobs(directory: Path, metadata: Metadata, name: str, tensor: Tensor) -> Iterator[Job]:
+def _jobs(directory: Path, index: Index, name: str, tensor: Tensor) -> Iterator[Job]:
     local, box = local_part(tensor)
     filled = 0
-    for chunk in stored_chunks(directory, metadata, name):
-        common = box.overlap(chunk.chunk)
+    for job in _chunks(index, name):
+        common = box.overlap(job.chunk)
         if common is None:
             continue
         filled += common.volume
-        yield chunk.part(common, local[common.slices_in(box)] if common.sizes else local)
+        yield job.part(common, local if common == box else local[common.slices_in(box)])
     if filled != box.volume:
         raise IntegrityError(
             f"`{directory}` stores {filled} of the {box.volume} numbers wanted of {name}",
@@ -133,25 +147,25 @@ class Files:
 
     def __init__(self, directory: Path, manifest: Manifest | None) -> None:
         self._directory, self._manifest = directory, manifest
-        self._open: dict[str, tuple[int, int, BlockSums | None]] = {}
+        self._open: dict[str, tuple[int, int, CheckedFile | None]] = {}
         self._unchecked: set[str] = set()  # foreign files whose archives store no CRC32
 
     def __enter__(self) -> Files:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd, _size, _sums in self._open.values():
+        for fd, _size, _checked in self._open.values():
             os.close(fd)
 
     def read(self, job: Job) -> int:
         """Read one job's part into its target. Returns the bytes read."""
         try:
-            fd, size, sums = self._file(job)
+            fd, size, checked = self._file(job)
             if job.offset < 0 or job.length <= 0 or job.offset + job.length > size:
                 raise self._damaged(job, f"bytes {job.offset} to {job.offset + job.length} of a file of {size}")
-            if sums is None:
+            if checked is None:
                 return self._read_archive(job, fd)
-            return self._read_rows(job, fd, sums)
+            return self._read_rows(job, checked)
         except EOFError:
             raise self._damaged(job, "the file ends early") from None
         except OSError as error:
@@ -161,7 +175,7 @@ class Files:
                 rank_local=True,
             ) from None
 
-    def _file(self, job: Job) -> tuple[int, int, BlockSums | None]:
+    def _file(self, job: Job) -> tuple[int, int, CheckedFile | None]:
         if job.file not in self._open:
             try:
                 fd = os.open(
@@ -175,36 +189,35 @@ class Files:
             if not stat.S_ISREG(status.st_mode):
                 raise self._damaged(job, "it is not a file")
             if self._manifest is not None:
-                self._open[job.file] = (fd, size, self._sums(job, size))
+                self._open[job.file] = (fd, size, self._checked(job, fd, size))
         return self._open[job.file]
 
-    def _sums(self, job: Job, size: int) -> BlockSums:
+    def _checked(self, job: Job, fd: int, size: int) -> CheckedFile:
         assert self._manifest is not None
         entry = self._manifest.files.get(job.file)
         sidecar = self._manifest.files.get(job.file + SUFFIX)
         if entry is None or sidecar is None or entry.bytes != size:
             raise self._damaged(job, "the manifest does not know it in this form")
-        return read_sums(self._directory, job.file + SUFFIX, sidecar, size)
+        return CheckedFile(fd, read_sums(self._directory, job.file + SUFFIX, sidecar, size))
 
-    def _read_rows(self, job: Job, fd: int, sums: BlockSums) -> int:
+    def _read_rows(self, job: Job, file: CheckedFile) -> int:
         """Ours: only the rows that are wanted, each block checked, straight into the target where its memory allows."""
 
         def fail(block: int) -> IntegrityError:
-            return self._damaged(job, f"block {block} ({sums.block_bytes * block} bytes in) does not have its CRC32")
+            return self._damaged(job, f"block {block} ({file.block_bytes * block} bytes in) does not have its CRC32")
 
-        head = archive.head(job.dtype, job.chunk.sizes)
         nbytes = job.chunk.volume * job.dtype.itemsize
-        if job.length != len(head) + nbytes + len(archive.tail(job.dtype, job.chunk.sizes, 0)):
+        if job.length != nbytes + archive.overhead(job.dtype, job.chunk.sizes):
             raise self._damaged(job, f"{job.length} bytes are no chunk of this dtype and shape")
         row_bytes = prod(job.chunk.sizes[1:]) * job.dtype.itemsize
         first = job.common.offsets[0] - job.chunk.offsets[0] if job.chunk.sizes else 0
         rows = job.common.sizes[0] if job.chunk.sizes else 1
-        start = job.offset + len(head) + first * row_bytes
+        start = job.offset + len(archive.head(job.dtype, job.chunk.sizes)) + first * row_bytes
         target = job.target
         whole_rows = job.common.sizes[1:] == job.chunk.sizes[1:]
         direct = whole_rows and target.dtype == job.dtype and target.device.type == "cpu" and target.is_contiguous()
         values = target if direct else torch.empty((rows, *job.chunk.sizes[1:]), dtype=job.dtype)
-        read = read_checked(fd, sums, start, bytes_of(values), fail)
+        read = file.read(start, bytes_of(values), fail)
         if not direct:
             columns = tuple(
                 slice(o - base, o - base + s)

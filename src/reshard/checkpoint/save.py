@@ -17,12 +17,13 @@ from torch import Tensor
 from reshard.checkpoint.blocks import Throttle
 from reshard.checkpoint.commit import commit, remove_temporary, temporary_directory
 from reshard.checkpoint.layout import METADATA, entries, step_of
-from reshard.checkpoint.manifest import FileEntry, Kind, Manifest, crc32_hex
+from reshard.checkpoint.manifest import FileEntry, Kind, Manifest, TensorEntry, crc32_hex
 from reshard.checkpoint.metadata import write_metadata
-from reshard.checkpoint.plan import Key, Planned, Planner, SavePlan, make_plan, planned
+from reshard.checkpoint.offers import Offer
+from reshard.checkpoint.plan import Planner, SavePlan, make_plan
 from reshard.checkpoint.ranks import Ranks
-from reshard.checkpoint.state import Piece, State, flatten, pieces_of
-from reshard.checkpoint.writer import Stored, Written, write_pieces
+from reshard.checkpoint.state import Box, Piece, State, flatten, pieces_of
+from reshard.checkpoint.writer import Places, Stored, Written, write_pieces
 from reshard.errors import NotACheckpoint, StorageError
 from reshard.model.spec import LlamaSpec
 
@@ -78,11 +79,15 @@ def write_and_commit(
 ) -> Manifest:
     """Write this rank's pieces; when all ranks have written theirs, rank 0 commits. Collective. Raises as `save`."""
     save_id = secrets.token_hex(8)
-    name = f"__{ranks.rank}_0.distcp"
     try:
         temporary = ranks.on_first(lambda: temporary_directory(directory, save_id))
-        written = ranks.everywhere(lambda: write_pieces(temporary, name, pieces, throttle))
-        return ranks.on_first(lambda: _finish(temporary, directory, about, plan, written))
+        written = ranks.everywhere(lambda: write_pieces(temporary, _file_of(ranks.rank), pieces, throttle))
+
+        def finish() -> Manifest:
+            stored = [s for r, w in enumerate(written) for s in _stored(temporary, _file_of(r), plan.written_by(r), w)]
+            return _finish(temporary, directory, about, plan, stored, written)
+
+        return ranks.on_first(finish)
     except BaseException as error:
         if ranks.is_first:
             remove_temporary(directory)
@@ -106,20 +111,20 @@ def save_weights(
     is empty. Raises StorageError; then nothing is left.
     """
     refuse_existing(directory)
-    offer: list[Planned] = []
+    parts: list[tuple[str, TensorEntry, Box]] = []
 
     def counted() -> Iterator[Piece]:
         for piece in pieces:
-            offer.append(planned(piece))
+            parts.append((piece.fqn, TensorEntry(piece.shape, piece.dtype), piece.box))
             yield piece
 
     about = About(step=step, kind="model", source=source, config=config, model=spec.to_dict())
     save_id = secrets.token_hex(8)
     try:
         temporary = temporary_directory(directory, save_id)
-        written = [write_pieces(temporary, "__0_0.distcp", counted())]
-        plan = make_plan([({p.fqn: (p.fqn,) for p in offer}, offer)], 0)
-        return _finish(temporary, directory, about, plan, written)
+        written = write_pieces(temporary, _file_of(0), counted())
+        plan = make_plan([Offer.of(parts, {name: (name,) for name, _, _ in parts})], 0)
+        return _finish(temporary, directory, about, plan, _stored(temporary, _file_of(0), parts, written), [written])
     except BaseException as error:
         remove_temporary(directory)
         if isinstance(error, OSError):
@@ -140,11 +145,31 @@ def refuse_existing(directory: Path) -> None:
     directory.rmdir()
 
 
-def _finish(temporary: Path, directory: Path, about: About, plan: SavePlan, written: Sequence[Written]) -> Manifest:
-    """Rank 0's part: check the results against plan and disk, write index and manifest, commit."""
-    stored = [item for w in written for item in w.stored]
+def _file_of(rank: int) -> str:
+    return f"__{rank}_0.distcp"
+
+
+def _stored(
+    directory: Path, file_name: str, parts: Iterable[tuple[str, TensorEntry, Box]], written: Written
+) -> list[Stored]:
+    """Where a rank's pieces lie, worked out from what it was to write; it must have meant the same, to the last byte."""
+    places = Places(file_name)
+    stored = [places.place(fqn, entry.dtype, box) for fqn, entry, box in parts]
+    assert places.seal == written.seal, f"the writer of {file_name} did not write what was planned"
+    for name, entry in written.files.items():
+        size = (directory / name).stat().st_size
+        if size != entry.bytes or (name == file_name and size != places.end):
+            raise OSError(
+                errno.EIO, f"{name} has {size} bytes on disk, {entry.bytes} were written", str(directory / name)
+            )
+    return stored
+
+
+def _finish(
+    temporary: Path, directory: Path, about: About, plan: SavePlan, stored: list[Stored], written: Sequence[Written]
+) -> Manifest:
+    """Rank 0's part: write index and manifest, commit."""
     files = {name: entry for w in written for name, entry in w.files.items()}
-    _check_results(temporary, stored, files, plan.keys)
     content = write_metadata(temporary, plan.tensors, plan.paths, stored)
     files[METADATA] = FileEntry(len(content), crc32_hex(content))
     manifest = Manifest(
@@ -166,18 +191,6 @@ def _finish(temporary: Path, directory: Path, about: About, plan: SavePlan, writ
     )
     commit(temporary, directory, manifest)
     return manifest
-
-
-def _check_results(directory: Path, stored: list[Stored], files: dict[str, FileEntry], plan: frozenset[Key]) -> None:
-    """Every planned box has exactly one result, and the disk has every byte of it."""
-    results = [(item.fqn, item.box) for item in stored]
-    assert len(results) == len(set(results)) and set(results) == plan, "the writers' results do not cover the plan"
-    for name, entry in files.items():
-        size = (directory / name).stat().st_size
-        if size != entry.bytes:
-            raise OSError(
-                errno.EIO, f"{name} has {size} bytes on disk, {entry.bytes} were written", str(directory / name)
-            )
 
 
 def _next_sequence(directory: Path) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +21,11 @@ State = Mapping[str, "Tensor | Mapping[str, Tensor]"]
 PIECE_BYTES = 64 << 20  # a stored chunk is at most about this large, so that no reader ever needs a whole matrix
 
 
-@dataclass(frozen=True)
-class Box:
-    """A rectangle of a tensor: where it begins and how far it reaches, per tensor dim."""
+class Box(NamedTuple):
+    """A rectangle of a tensor: where it begins and how far it reaches, per tensor dim.
+
+    A tuple, because at a thousand ranks there are millions: they are made, hashed and compared in C.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -40,12 +43,16 @@ class Box:
 
     def overlap(self, other: Box) -> Box | None:
         """The common part of two boxes of one tensor; None where they do not meet."""
-        starts = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
-        ends = tuple(
-            min(a + s, b + t) for a, s, b, t in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
-        )
-        sizes = tuple(e - s for s, e in zip(starts, ends, strict=True))
-        return Box(starts, sizes) if all(size > 0 for size in sizes) else None
+        if self == other:
+            return self if self.volume else None
+        starts, sizes = [], []
+        for a, s, b, t in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True):
+            start, end = max(a, b), min(a + s, b + t)
+            if end <= start:
+                return None
+            starts.append(start)
+            sizes.append(end - start)
+        return Box(tuple(starts), tuple(sizes))
 
     def slices_in(self, outer: Box) -> tuple[slice, ...]:
         """Index of this box within a tensor that holds `outer`."""
@@ -81,11 +88,13 @@ class Piece:
         return self.box.volume * dtype_from_name(self.dtype).itemsize
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """torch.bfloat16 -> "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
+@cache
 def dtype_from_name(name: str) -> torch.dtype:
     """ "bfloat16" -> torch.bfloat16."""
     dtype = getattr(torch, name, None)
@@ -127,17 +136,10 @@ def pieces_of(fqn: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Ite
     stored = dtype or tensor.dtype
     if box.volume == 0:
         return
+    shape, name = tuple(tensor.shape), dtype_name(stored)
     for cut in row_cuts(box, stored.itemsize):
-        part = local[cut.slices_in(box)] if tensor.ndim else local
-        yield Piece(
-            fqn=fqn,
-            shape=tuple(tensor.shape),
-            offsets=cut.offsets,
-            sizes=cut.sizes,
-            dtype=dtype_name(stored),
-            read=_reader_of(part, stored),
-            part=part,
-        )
+        part = local if cut == box else local[cut.slices_in(box)]
+        yield Piece(fqn, shape, cut.offsets, cut.sizes, name, _reader_of(part, stored), part)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -157,6 +159,9 @@ def row_cuts(box: Box, itemsize: int) -> Iterator[Box]:
         return
     row_bytes = max(1, prod(box.sizes[1:]) * itemsize)
     rows = max(1, PIECE_BYTES // row_bytes)
+    if rows >= box.sizes[0]:
+        yield box
+        return
     first, end = box.offsets[0], box.offsets[0] + box.sizes[0]
     for start in range(first, end, rows):
         yield Box((start, *box.offsets[1:]), (min(rows, end - start), *box.sizes[1:]))

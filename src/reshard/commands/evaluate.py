@@ -1,4 +1,4 @@
-"""How well does a checkpoint predict held-out text? `reshard eval`: any DCP directory or .pt, in one process."""
+"""How well do weights predict held-out text? `reshard eval`: any format, in one process."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ def run(
     whole: nothing of it was trained on. Model and tokenizer come from the checkpoint, else from config_path or flavor.
     Raises FormatError where a bare .pt or foreign directory comes without a model; DataError, TensorMismatch.
     """
-    config, spec = what_it_is(path, config_path, flavor)
+    config, source = what_it_is(path, config_path, flavor)
+    assert source.spec is not None
     config = config.with_values(
         model={"tokenizer_path": tokenizer or config.model.tokenizer_path},
         training={"seq_len": seq_len or config.training.seq_len},
         validation={"freq": 0},
     )
-    tokens, name = _text(config, spec, data)
+    tokens, name = _text(config, source.spec, data)
     chosen = held_out(tokens, config.training.seq_len, sequences)
     if len(chosen) == 0:
         raise DataError(
@@ -49,7 +50,7 @@ def run(
             f"needs {config.training.seq_len + 1}",
             hint="--seq-len with a smaller number, or --data with more text",
         )
-    model = load_model(path, spec, config.training.seq_len)
+    model = load_model(source, config.training.seq_len)
     total = 0.0
     with torch.inference_mode(), progress_bar(f"eval {path.name}", len(chosen), unit="items") as advance:
         for start in range(0, len(chosen), batch_size):

@@ -33,10 +33,11 @@ def run(
 
     top_k: choose among so many of the likeliest only; 0: among all. Raises as eval does.
     """
-    config, spec = what_it_is(path, config_path, flavor)
+    config, source = what_it_is(path, config_path, flavor)
+    assert source.spec is not None
     if tokenizer is not None:
         config = config.with_values(model={"tokenizer_path": tokenizer})
-    known = tokenizer_for(config, spec.vocab_size)
+    known = tokenizer_for(config, source.spec.vocab_size)
     (encoded,) = known.encode_batch([prompt])
     begin = [] if known.bos_id is None else [known.bos_id]
     tokens = [*begin, *(int(token) for token in encoded)]
@@ -44,7 +45,7 @@ def run(
         raise DataError("the prompt has no tokens, and the tokenizer no token to begin with", hint='--prompt "def "')
     if max_tokens < 1:
         raise ConfigError(f"{max_tokens} tokens cannot be generated, expected at least 1", key="max_tokens")
-    model = load_model(path, spec, len(tokens) + max_tokens)
+    model = load_model(source, len(tokens) + max_tokens)
     produced: list[int] = []
     written = ""
     for token in continuation(model, tokens, max_tokens, temperature=temperature, top_k=top_k, seed=seed):

@@ -1,81 +1,52 @@
-"""Which model lies at a path, and with which weights? For the verbs that run one: eval and generate. One process."""
+"""Which model lies at a path, and with which weights? For the verbs that run one: eval and generate. Any format, one process."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from reshard.checkpoint.layout import is_foreign
-from reshard.checkpoint.manifest import read_manifest
-from reshard.checkpoint.ranks import Ranks
-from reshard.checkpoint.weights import EMBEDDING, OUTPUT, check_shapes, load_weights
+from reshard.checkpoint.manifest import MANIFEST, read_manifest
+from reshard.commands.sources import open_source
 from reshard.config import Config, load_config
-from reshard.errors import FormatError, TensorMismatch
-from reshard.formats.torch_pt import check_records, open_pt
+from reshard.formats.protocol import Ledger, Source, read_rows
 from reshard.model.build import spec_of
 from reshard.model.llama import Llama
-from reshard.model.names import META, canonical_names
-from reshard.model.spec import LlamaSpec
+from reshard.progress import progress_bar
 
 
-def what_it_is(path: Path, config_path: Path | None, flavor: str | None) -> tuple[Config, LlamaSpec]:
-    """Config and model: the manifest's, unless the command line says otherwise.
+def what_it_is(path: Path, config_path: Path | None, model: str | None) -> tuple[Config, Source]:
+    """The config to read text with, and the weights. What a path does not say, config_path or model must.
 
-    Raises FormatError where a bare .pt or a foreign directory comes without a model.
+    The config is config_path's, else the one that our own checkpoint keeps, else the defaults.
+    Raises FormatError where a bare .pt or a foreign directory comes without a model, or where the two disagree.
     """
-    config, spec = Config(), None
-    if path.is_dir() and not is_foreign(path):
-        manifest = read_manifest(path)
-        spec = LlamaSpec.from_dict(manifest.model) if manifest.model else None
-        if manifest.config:
-            config = Config.model_validate(manifest.config, strict=True)
+    config = Config()
     if config_path is not None:
         config, _ = load_config(config_path)
-        spec = spec_of(config)
-    if flavor is not None:
-        config = config.with_values(model={"flavor": flavor})
-        spec = spec_of(config)
-    if spec is None:
-        if not path.exists():
-            raise FormatError(f"`{path}` does not exist", path=path)
-        raise FormatError(
-            f"`{path}` does not say which model it holds",
-            path=path,
-            hint="--model FLAVOR (e.g. debugmodel, 8B), or --config CONFIG.toml",
-        )
-    return config, spec
+    elif (path / MANIFEST).exists() and not is_foreign(path):
+        manifest = read_manifest(path)
+        if manifest.config:
+            config = Config.model_validate(manifest.config, strict=True)
+    told = spec_of(config) if config_path is not None and model is None else model
+    return config, open_source(path, model=told)
 
 
-def load_model(path: Path, spec: LlamaSpec, seq_len: int) -> Llama:
-    """The model in float32 on CPU, with the path's weights, for sequences of up to seq_len tokens."""
+def load_model(source: Source, seq_len: int) -> Llama:
+    """The model in float32 on CPU, for sequences of up to seq_len tokens. Stored CRCs are checked on the way."""
+    assert source.spec is not None
     with torch.device("meta"):
-        model = Llama(spec)
+        model = Llama(source.spec)
     model.to_empty(device="cpu")
     model.init_rope(torch.arange(seq_len))
     parameters = dict(model.named_parameters())
-    if path.is_dir():
-        load_weights(path, parameters, spec, Ranks())
-    else:
-        _load_pt(path, parameters, spec)
-    return model.eval()
-
-
-def _load_pt(path: Path, parameters: Mapping[str, nn.Parameter], spec: LlamaSpec) -> None:
-    """Fill the model from a .pt under Meta's names, as dcp_to_torch writes it; its records' CRCs are checked."""
-    file = open_pt(path)
-    check_records(file)
-    names = canonical_names(file.tensors, META)
-    found = {canonical: file.tensors[name] for name, canonical in names.items()}
-    check_shapes(path, {name: tensor.shape for name, tensor in found.items()}, spec)
-    with torch.no_grad():
+    ledger = Ledger()
+    total = sum(source.tensors[name].nbytes for name in parameters)
+    with progress_bar(f"reading {source.path.name}", total) as advance, torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(found[name].read())
-        if spec.tied and OUTPUT in found and not torch.equal(found[OUTPUT].read(), found[EMBEDDING].read()):
-            raise TensorMismatch(
-                f"`{path}` has an output.weight that differs from its embedding, but the model's are tied",
-                path=path,
-                hint="it is an untied model: --model or --config with tied_embeddings = false",
-            )
+            tensor = source.tensors[name]
+            parameter.copy_(read_rows(tensor, 0, tensor.shape[0], ledger))
+            advance(tensor.nbytes)
+    ledger.check()
+    return model.eval()

@@ -69,13 +69,13 @@ def single_file(path: Path) -> Path | None:
     return found[0] if len(found) == 1 and not found[0].name.startswith("consolidated") else None
 
 
-def open_source(path: Path, *, model: str | None = None, rope_factor: float | None = None) -> Source:
-    """Open any source. model: FLAVOR, NAME/FLAVOR, or the path of a params.json or config.json.
+def open_source(path: Path, *, model: str | LlamaSpec | None = None, rope_factor: float | None = None) -> Source:
+    """Open any source. model: FLAVOR, NAME/FLAVOR, the path of a params.json or config.json, or the model itself.
 
     What the source says of itself and what it is told to be must agree. Raises ReshardErrors, each naming the file.
     """
     kind = format_of(path)
-    told_spec = named_spec(model) if model is not None else None
+    told_spec = named_spec(model) if isinstance(model, str) else model
     if path.is_dir() and kind in ("torch", "gguf"):
         path = single_file(path) or path
     if kind == "dcp":

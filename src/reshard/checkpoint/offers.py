@@ -1,0 +1,128 @@
+"""What does each rank hold, or want? Told briefly, for a thousand ranks with thousands of tensors each.
+
+Tensors that lie alike on a rank (weights and their moments, the same matrix of every layer) are one kind, so a rank of
+a large run has some ten of them. An offer says which name is of which kind, which is the same on most ranks, and apart
+from it where this rank's boxes of each kind lie, which is not. What is worked out for a kind holds for all its tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from reshard.checkpoint.manifest import TensorEntry
+from reshard.checkpoint.state import Box, dtype_from_name
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Names:
+    """The part of an offer that many ranks have in common.
+
+    kinds: name -> number of its kind, in the order of the rank's state. entries: of each kind. paths: name -> its place
+    in the nested state, also of tensors of which this rank has nothing.
+    """
+
+    kinds: dict[str, int]
+    entries: list[TensorEntry]
+    paths: dict[str, Path]
+
+
+class Offer:
+    """One rank's part of the tensors. boxes: of each kind, those that this rank has."""
+
+    def __init__(self, packed: bytes, boxes: list[tuple[Box, ...]]) -> None:
+        self.packed, self.boxes = (
+            packed,
+            boxes,
+        )  # `packed` travels and is compared, it is unpacked once for all equal ones
+
+    @staticmethod
+    def of(parts: Iterable[tuple[str, TensorEntry, Box]], paths: Mapping[str, Path] | None = None) -> Offer:
+        """parts: name, whole tensor and box, each once."""
+        by_name: dict[str, tuple[TensorEntry, list[Box]]] = {}
+        for name, entry, box in parts:
+            known, boxes = by_name.setdefault(name, (entry, []))
+            assert known == entry and box not in boxes, f"{name} {entry} {box} is offered after {known} {boxes}"
+            boxes.append(box)
+        numbers: dict[tuple[TensorEntry, tuple[Box, ...]], int] = {}
+        kinds = {
+            name: numbers.setdefault((entry, tuple(boxes)), len(numbers)) for name, (entry, boxes) in by_name.items()
+        }
+        text = json.dumps((kinds, [(entry.shape, entry.dtype) for entry, _ in numbers], dict(paths or {})))
+        return Offer(zlib.compress(text.encode(), 1), [boxes for _, boxes in numbers])
+
+    @cached_property
+    def names(self) -> Names:
+        """What `packed` says."""
+        kinds, entries, paths = json.loads(zlib.decompress(self.packed))
+        return Names(
+            kinds,
+            [TensorEntry(tuple(shape), dtype) for shape, dtype in entries],
+            {name: tuple(path) for name, path in paths.items()},
+        )
+
+    def __iter__(self) -> Iterator[tuple[str, TensorEntry, Box]]:
+        """Name, tensor and box of each part, in the order of the state."""
+        names = self.names
+        for name, kind in names.kinds.items():
+            for box in self.boxes[kind]:
+                yield name, names.entries[kind], box
+
+    def __reduce__(self) -> tuple[type[Offer], tuple[bytes, list[tuple[Box, ...]]]]:
+        return Offer, (self.packed, self.boxes)
+
+
+@dataclass
+class Spread:
+    """How tensors of one kind lie on all ranks. holders: box -> the ranks that have it, ascending."""
+
+    entry: TensorEntry
+    holders: dict[Box, list[int]] = field(default_factory=dict)
+
+    @cached_property
+    def item_bytes(self) -> int:
+        """Bytes of one number."""
+        return dtype_from_name(self.entry.dtype).itemsize
+
+    @cached_property
+    def shared(self) -> list[tuple[Box, list[int]]]:
+        """The boxes that several ranks have."""
+        return [(box, ranks) for box, ranks in self.holders.items() if len(ranks) > 1]
+
+
+def spreads(offers: Sequence[Offer]) -> dict[str, Spread]:
+    """How does each tensor lie on the ranks? Tensors that lie alike share one answer. offers: in rank order."""
+    ranks_by_names: dict[bytes, list[int]] = {}
+    for rank, offer in enumerate(offers):
+        ranks_by_names.setdefault(offer.packed, []).append(rank)
+    groups = [(ranks, offers[ranks[0]].names) for ranks in ranks_by_names.values()]
+    memberships: dict[str, tuple[tuple[int, int], ...]] = {}
+    for number, (_, names) in enumerate(groups):
+        for name, kind in names.kinds.items():
+            memberships[name] = (*memberships.get(name, ()), (number, kind))
+    known: dict[tuple[tuple[int, int], ...], Spread] = {}
+    result = {}
+    for name, membership in memberships.items():
+        spread = known.get(membership)
+        if spread is None:
+            spread = known[membership] = _spread(name, membership, groups, offers)
+        result[name] = spread
+    return result
+
+
+def _spread(
+    name: str, membership: tuple[tuple[int, int], ...], groups: list[tuple[list[int], Names]], offers: Sequence[Offer]
+) -> Spread:
+    entries = [groups[number][1].entries[kind] for number, kind in membership]
+    assert len(set(entries)) == 1, f"ranks disagree on {name}: {entries}"
+    spread = Spread(entries[0])
+    of_rank = {rank: kind for number, kind in membership for rank in groups[number][0]}
+    for rank in sorted(of_rank):
+        for box in offers[rank].boxes[of_rank[rank]]:
+            spread.holders.setdefault(box, []).append(rank)
+    return spread
