@@ -57,7 +57,12 @@ def train(arguments: Sequence[str]) -> None:
     check(config, place.world_size)
     from reshard.train.loop import train as run
 
-    run(config)
+    outcome = run(config)
+    if config.checkpoint.export and place.rank == 0 and outcome.checkpoint and outcome.step == config.training.steps:
+        from reshard.commands.export import export
+
+        for path in export(outcome.checkpoint, Path(config.job.dump_folder), config.checkpoint.export):
+            logger.info("exported %s", path)
 
 
 @cli.command(context_settings=_KEYS)

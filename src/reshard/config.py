@@ -206,6 +206,8 @@ class Checkpoint(Section):
     """The last step holds weights only, in export_dtype; the others stay full."""
     export_dtype: ExportDtype = "float32"
     """Precision of the last, weights-only step."""
+    export: list[Literal["hf", "torchtune", "meta", "torch", "gguf"]] = []
+    """Formats to write the last step in, under <dump_folder>/exports/step-N."""
     create_seed_checkpoint: bool = False
     """Make step-0 on one CPU and exit, as `reshard seed`."""
     keep_latest_k: int = Field(0, ge=0)
