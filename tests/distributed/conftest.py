@@ -195,7 +195,7 @@ def tiny(shared: Path) -> Tiny:
             "parallelism": dict.fromkeys(DEGREES, 1) | LAYOUTS[layout],
             "checkpoint": {"enable_checkpoint": True, "interval": 1000},
             "activation_checkpoint": {"mode": "none"},
-            "comm": {"init_timeout_seconds": 60, "train_timeout_seconds": 60},
+            "comm": {"init_timeout_seconds": 120, "train_timeout_seconds": 120},
         }  # fmt: skip
         for section, values in sections.items():
             config.setdefault(section, {}).update(values)

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 PIECE_BYTES = 64 * 2**20  # of a chunk of ours at most: no reader ever needs a whole matrix
 DEFAULT_MEMORY = 512 << 20
 # What the interpreter and the libraries take before a byte is read; torch is needed to write DCP only.
-FLOOR_BYTES, FLOOR_WITH_TORCH_BYTES = 40 << 20, 210 << 20
+FLOOR_BYTES, FLOOR_WITH_TORCH_BYTES = 40 << 20, 205 << 20
+SLAB_BYTES = 20 << 20
 _EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
 _SUFFIXES = {".gguf": "gguf", ".pt": "torch", ".pth": "torch"}
 
@@ -239,9 +240,10 @@ def to_dcp(
     _say_cast(source, dtype)
     from reshard.checkpoint.save import save_weights
 
-    piece = min(PIECE_BYTES, (memory - FLOOR_WITH_TORCH_BYTES) // 4)
+    # The writer may still hold the end of the piece before; a cast holds one slab more.
+    piece = min(PIECE_BYTES, (memory - FLOOR_WITH_TORCH_BYTES - SLAB_BYTES) // 2)
     if piece < 1 << 20:
-        least = (FLOOR_WITH_TORCH_BYTES >> 20) + 4
+        least = (FLOOR_WITH_TORCH_BYTES + SLAB_BYTES >> 20) + 2
         raise ConfigError(
             f"a memory of {memory / 2**20:.0f} MiB is too little to write DCP, which needs torch: {least} MiB or more"
         )

@@ -1,4 +1,4 @@
-"""Which model lies at a path, and with which weights? For the verbs that run one: eval and generate. Any format, one process."""
+"""Which model lies at a path, and with which weights? For eval and generate: any format, one process."""
 
 from __future__ import annotations
 

@@ -111,6 +111,10 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, *, loss_parallel: bool
                 use_local_output=not loss_parallel,
             )
     parallelize_module(model, mesh, plan)
+    if model.part.embed:
+        # It comes as a tensor that is still on its way, which a compiled block takes in without its gradient's way back
+        # (torch 2.13.0). Any operation waits for it.
+        model.tok_embeddings.register_forward_hook(lambda _m, _i, out: out.clone())
     if model.part.head and model.shares_embedding and not loss_parallel:
         model.output.register_forward_hook(lambda _m, _i, out: out.full_tensor())
     block_plan: dict[str, ParallelStyle] = {

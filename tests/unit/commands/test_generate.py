@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+
 from reshard.commands.generate import continuation
 from reshard.model.init import initial_rows
 from reshard.model.llama import Llama
