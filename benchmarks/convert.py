@@ -143,24 +143,16 @@ def _field(path: str, name: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(name))
 
 
-TRANSFORMERS = """
-import sys, torch, transformers.models.llama.convert_llama_weights_to_hf as c
-c.write_model(sys.argv[2], sys.argv[1], safe_serialization=True, llama_version="3.2", vocab_size=int(sys.argv[3]))
-"""
-
-
 def contestants(
     meta: Path, dcp: Path, out: Path, spec: LlamaSpec
 ) -> dict[str, tuple[list[str | Path], Path, list[Path]]]:
     """Name -> (command, what it reads, what has to be synced). Each writes `out`, which is removed afterwards."""
     convert = [sys.executable, "-m", "reshard", "convert"]
     to_torch = [sys.executable, "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch", dcp, out]
-    transformers = [sys.executable, "-c", TRANSFORMERS, meta, out, str(spec.vocab_size)]
     return {
         "cp of Meta's files": (["cp", "-r", meta, out], meta, [out]),
         "reshard Meta -> DCP": ([*convert, meta, out, "--to", "dcp"], meta, []),
         "reshard Meta -> Hugging Face": ([*convert, meta, out, "--to", "hf"], meta, []),
-        "transformers Meta -> Hugging Face": (transformers, meta, [out]),
         "cp of the DCP directory": (["cp", "-r", dcp, out], dcp, [out]),
         "reshard DCP -> .pt": ([*convert, dcp, out, "--to", "torch"], dcp, []),
         "torch's dcp_to_torch": (to_torch, dcp, [out]),
@@ -200,7 +192,7 @@ def table(folder: Path, spec: LlamaSpec, shards: int, rounds: int, start_up: dic
     measure([sys.executable, "-m", "reshard", "convert", meta, dcp])
     runs: dict[str, list[Run]] = {}
     failed: dict[str, str] = {}
-    ways = contestants(meta, dcp, out, spec)
+    ways = contestants(meta, dcp, out)
     names = list(ways)
     for number in range(rounds):
         turn = number * 3 % len(names)
@@ -231,7 +223,7 @@ def table(folder: Path, spec: LlamaSpec, shards: int, rounds: int, start_up: dic
         limit = statistics.median(
             run.wall_s for run in runs["cp of the DCP directory" if of_dcp else "cp of Meta's files"]
         )
-        spent = start_up["start-up of torch's DCP"] if name.startswith(("torch", "transformers")) else 0.0
+        spent = start_up["start-up of torch's DCP"] if name.startswith("torch") else 0.0
         if name.startswith("reshard"):
             spent = start_up["start-up with torch" if "-> DCP" in name else "start-up without torch"]
         beyond = middle["wall_s"] - spent

@@ -75,8 +75,7 @@ def lead(request: dict[str, Any]) -> None:
             be_rank(request, rank)
         living[pid] = rank
     pids = {rank: pid for pid, rank in living.items()}
-    (place / "pids.tmp").write_text(json.dumps(pids))
-    os.replace(place / "pids.tmp", place / "pids.json")
+    tell(place, "pids", pids)
     codes: dict[int, int] = {}
     deadline = float("inf")
     while living:
@@ -91,9 +90,14 @@ def lead(request: dict[str, Any]) -> None:
             for pid in living:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
-    (place / "codes.tmp").write_text(json.dumps([codes[rank] for rank in range(request["world"])]))
-    os.replace(place / "codes.tmp", place / "codes.json")
+    tell(place, "codes", [codes[rank] for rank in range(request["world"])])
     os._exit(0)
+
+
+def tell(place: Path, name: str, value: object) -> None:
+    """Write a file that is there whole or not at all; not by a rename, which a test may have made to fail."""
+    (place / f"{name}.tmp").write_text(json.dumps(value))
+    os.link(place / f"{name}.tmp", place / f"{name}.json")
 
 
 def answer(request: dict[str, Any]) -> Any:

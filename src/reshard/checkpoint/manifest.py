@@ -131,7 +131,7 @@ def read_manifest(directory: Path) -> Manifest:
     except NotADirectoryError:
         raise NotACheckpoint(f"`{directory}` is a file, expected a checkpoint directory", path=directory) from None
     except OSError as error:
-        raise StorageError(f"`{path}` cannot be read: {error}", path=directory) from None
+        raise StorageError(f"`{path}` cannot be read: {error.strerror or error}", path=directory) from None
     manifest = _parse(content, directory)
     damaged: dict[str, str] = {}
     for name, entry in manifest.files.items():
@@ -144,7 +144,7 @@ def read_manifest(directory: Path) -> Manifest:
             if error.errno in (errno.ENOTDIR, errno.ELOOP):
                 damaged[name] = f"{name} is not a file"
                 continue
-            raise StorageError(f"`{directory / name}` cannot be read: {error}", path=directory) from None
+            raise StorageError(f"`{directory / name}` cannot be read: {error.strerror or error}", path=directory) from None
         if not stat.S_ISREG(status.st_mode):
             damaged[name] = f"{name} is not a file"
         elif status.st_size != entry.bytes:

@@ -123,4 +123,6 @@ def _result(outcome: tuple[bool, Any]) -> Any:
     worked, value = outcome
     if worked:
         return value
+    if isinstance(value, ReshardError):
+        value.rank_local = False  # all ranks have it now: the first one says it for all
     raise value

@@ -34,7 +34,7 @@ def with_tokenizer(source: Source, spec: LlamaSpec, target: str, tokenizer: Path
     tokenizer: a tokenizer.model, a tokenizer.json or a folder with one; instead of the source's own.
     Raises DataError for a tokenizer that is none.
     """
-    if target == "dcp":
+    if target in ("dcp", "torch"):
         return source
     assets: Assets = dict(source.assets)
     if tokenizer is not None:

@@ -158,7 +158,7 @@ def generation_config_of(spec: LlamaSpec, about: Mapping[str, Any]) -> dict[str,
     ids = token_ids(spec, about)
     if spec.vocab_size != LLAMA3_VOCAB:
         return ids
-    if about.get("eos_token_id") is None:  # base and instruct models end differently, no model makes the other's ends
+    if about.get("eos_token_id") in (None, 128001):  # base and instruct models end differently: either may be meant
         ids["eos_token_id"] = [128001, 128008, 128009] if spec.rope_scaling else [128001, 128009]
     return {**ids, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
 

@@ -306,7 +306,8 @@ def write_output(
     check_layout(output)
     slab = slab_bytes(memory, workers)
     refuse_existing(target)
-    check_space(target, output.nbytes)
+    if open_file is None:
+        check_space(target, output.nbytes)
     opener = open_file or (lambda path, nbytes: DiskFile(path, nbytes, drops=ledger.drops))
     with temporary(target) as folder:
         try:

@@ -90,7 +90,7 @@ def test_independent_readers_see_the_same_gguf(tmp_path):
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    spec, weights = make_meta(tmp_path / "meta", n_heads=4, n_kv_heads=2, rope_scaling=RopeScaling(8.0))
+    _, weights = make_meta(tmp_path / "meta", n_heads=4, n_kv_heads=2, rope_scaling=RopeScaling(8.0))
     run(tmp_path / "meta", tmp_path / "m.gguf")
     reader = GGUFReader(tmp_path / "m.gguf")
     tensors = {t.name: t for t in reader.tensors}
@@ -113,7 +113,7 @@ def test_a_quantised_gguf_is_read_to_float32(tmp_path, kind):
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import dequantize, quantize
 
-    spec, weights = make_meta(tmp_path / "meta", tied=False)
+    _, weights = make_meta(tmp_path / "meta", tied=False)
     run(tmp_path / "meta", tmp_path / "plain.gguf")
     writer = GGUFWriter(tmp_path / "q.gguf", "llama")
     writer.add_block_count(2), writer.add_embedding_length(64), writer.add_feed_forward_length(192)
@@ -144,7 +144,7 @@ def test_a_quantised_gguf_is_read_to_float32(tmp_path, kind):
 
 
 def test_what_does_not_say_its_heads_is_refused_without_being_told(tmp_path):
-    spec, weights = make_meta(tmp_path / "meta")
+    _, weights = make_meta(tmp_path / "meta")
     torch.save(weights, tmp_path / "m.pt")
     for target in ("out", "out.gguf"):
         with pytest.raises(FormatError, match="does not say which model") as error:
@@ -250,11 +250,11 @@ def test_a_dry_run_writes_nothing_and_says_it_all(tmp_path):
 
 
 def test_the_tokenizer_goes_along_and_its_absence_is_said(tmp_path, caplog):
-    from reshard.text.tokenizers import LLAMA3_SPECIALS, LLAMA3_SPLIT
     from reshard.formats import tokenizer_json as ours
+    from reshard.text.tokenizers import LLAMA3_SPECIALS, LLAMA3_SPLIT
 
     assert ours.LLAMA3_SPLIT == LLAMA3_SPLIT  # a fact with two homes: rooms on one floor do not import each other
-    spec, _ = make_meta(tmp_path / "meta", vocab_size=256 + 44 + 256)
+    _, _ = make_meta(tmp_path / "meta", vocab_size=256 + 44 + 256)
     with caplog.at_level(logging.WARNING):
         run(tmp_path / "meta", tmp_path / "without", to="hf")
     assert "has no tokenizer" in caplog.text
@@ -314,7 +314,7 @@ def test_every_release_has_its_config(tmp_path, name, size, factor):
 
 
 def test_another_rope_factor(tmp_path):
-    spec, _ = make_meta(tmp_path / "meta", rope_scaling=RopeScaling(8.0))
+    make_meta(tmp_path / "meta", rope_scaling=RopeScaling(8.0))
     run(tmp_path / "meta", tmp_path / "hf", to="hf", rope_factor=32.0)
     assert open_source(tmp_path / "hf").spec.rope_scaling.factor == 32.0
     make_meta(tmp_path / "plain")
