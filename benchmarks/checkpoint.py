@@ -617,7 +617,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds, default 7")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="default 1 2 4")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts, default all")
-    parser.add_argument("--place", type=Path, default=PROJECT, help="where to write meanwhile: on the disk to measure")
+    parser.add_argument("--place", type=Path, default=PROJECT / "outputs", help="where to write meanwhile: on the disk to measure")
     parser.add_argument("--out", default=str(PROJECT / "docs/benchmarks/checkpoint.md"), help="file, - for stdout only")
     parser.add_argument("--as-rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -625,7 +625,8 @@ def main() -> None:
         be_rank(json.loads(options.as_rank))
         return
     lines: list[str] = []
-    with tempfile.TemporaryDirectory(dir=options.place, prefix=".benchmark-") as folder:
+    options.place.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.place, prefix="benchmark-") as folder:
         for part in options.only:
             worlds = sorted({*options.ranks, 8}) if part == "reading" else options.ranks
             results = {}
@@ -642,7 +643,7 @@ def main() -> None:
     text = "\n".join([*head, *lines])
     print(text)
     if options.out != "-":
-        put_between_marks(Path(options.out), text)
+        put_between_marks(Path(options.out), text, "checkpoint")
 
 
 def processor() -> str:
@@ -653,10 +654,12 @@ def processor() -> str:
     return platform.machine()
 
 
-def put_between_marks(path: Path, text: str) -> None:
+def put_between_marks(path: Path, text: str, what: str) -> None:
     """Replace what stands between the two marks of a page; the words around it are for people to write."""
-    begin, end = "<!-- made by benchmarks/checkpoint.py -->", "<!-- end -->"
-    page = path.read_text() if path.exists() else f"# The checkpoint engine against the machine\n\n{begin}\n{end}\n"
+    begin, end = f"<!-- {what}: made by benchmarks/{what}.py -->", f"<!-- end of {what} -->"
+    page = path.read_text() if path.exists() else ""
+    if begin not in page:
+        page += f"\n{begin}\n{end}\n"
     before, _, rest = page.partition(begin)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")

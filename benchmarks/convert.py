@@ -12,6 +12,7 @@ own, one at a time, in an order that turns from round to round; ratios are of me
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import resource
@@ -115,15 +116,14 @@ def measure(command: Sequence[str | Path], sync: Sequence[Path] = (), source: Pa
     said: list[bytes] = []
     reader = threading.Thread(target=lambda: said.append(child.stdout.read() if child.stdout else b""))
     reader.start()
-    peak, read, written = 0, 0, 0
-    while child.poll() is None:
-        try:
+    peak = 0
+    while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        with contextlib.suppress(OSError, StopIteration):  # it has just ended
             peak = max(peak, _field(f"/proc/{child.pid}/status", "RssAnon:"))
-            read = max(read, _field(f"/proc/{child.pid}/io", "rchar:"))
-            written = max(written, _field(f"/proc/{child.pid}/io", "wchar:"))
-        except (OSError, StopIteration):
-            pass
         time.sleep(0.003)
+    # Ended, but not waited for yet: the system still has its count.
+    read, written = (_field(f"/proc/{child.pid}/io", name) for name in ("rchar:", "wchar:"))
+    child.wait()
     reader.join()
     if child.returncode:
         raise RuntimeError(b"".join(said).decode(errors="replace")[-400:])
@@ -143,13 +143,14 @@ def _field(path: str, name: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(name))
 
 
-def contestants(
-    meta: Path, dcp: Path, out: Path, spec: LlamaSpec
-) -> dict[str, tuple[list[str | Path], Path, list[Path]]]:
+def contestants(meta: Path, dcp: Path, out: Path) -> dict[str, tuple[list[str | Path], Path, list[Path]]]:
     """Name -> (command, what it reads, what has to be synced). Each writes `out`, which is removed afterwards."""
     convert = [sys.executable, "-m", "reshard", "convert"]
     to_torch = [sys.executable, "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch", dcp, out]
-    return {
+    start_up: dict[str, tuple[list[str | Path], Path, list[Path]]] = {
+        name: ([sys.executable, "-c", code], meta, []) for name, code in IMPORTS.items()
+    }
+    return start_up | {
         "cp of Meta's files": (["cp", "-r", meta, out], meta, [out]),
         "reshard Meta -> DCP": ([*convert, meta, out, "--to", "dcp"], meta, []),
         "reshard Meta -> Hugging Face": ([*convert, meta, out, "--to", "hf"], meta, []),
@@ -174,19 +175,14 @@ def main() -> None:
         lines += [
             f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
         ]
-        start_up = {}
-        for name, code in IMPORTS.items():
-            runs = [measure([sys.executable, "-c", code]) for _ in range(options.rounds)]
-            start_up[name] = statistics.median(run.wall_s for run in runs)
-            lines.append(f"{name}: {start_up[name]:.2f} s, {statistics.median(r.anonymous_mib for r in runs):.0f} MiB")
         for shards in options.shards:
-            lines += ["", *table(folder, spec, shards, options.rounds, start_up)]
+            lines += ["", *table(folder, spec, shards, options.rounds)]
         print("\n".join(lines))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def table(folder: Path, spec: LlamaSpec, shards: int, rounds: int, start_up: dict[str, float]) -> list[str]:
+def table(folder: Path, spec: LlamaSpec, shards: int, rounds: int) -> list[str]:
     """Every contestant in every round."""
     meta, dcp, out = make_source(folder, spec, shards), folder / "dcp", folder / "out"
     measure([sys.executable, "-m", "reshard", "convert", meta, dcp])
@@ -223,10 +219,15 @@ def table(folder: Path, spec: LlamaSpec, shards: int, rounds: int, start_up: dic
         limit = statistics.median(
             run.wall_s for run in runs["cp of the DCP directory" if of_dcp else "cp of Meta's files"]
         )
-        spent = start_up["start-up of torch's DCP"] if name.startswith("torch") else 0.0
+        if name in IMPORTS:
+            lines.append(
+                f"| {name} | {middle['wall_s']:.2f} | | | {middle['cpu_s']:.2f} | {middle['anonymous_mib']:.0f} | | |"
+            )
+            continue
+        start_up = "start-up of torch's DCP" if name.startswith("torch") else ""
         if name.startswith("reshard"):
-            spent = start_up["start-up with torch" if "-> DCP" in name else "start-up without torch"]
-        beyond = middle["wall_s"] - spent
+            start_up = "start-up with torch" if "-> DCP" in name else "start-up without torch"
+        beyond = middle["wall_s"] - (statistics.median(run.wall_s for run in runs[start_up]) if start_up else 0.0)
         whole = sum(p.stat().st_size for p in dcp.iterdir()) if of_dcp else size
         lines.append(
             f"| {name} | {middle['wall_s']:.2f} | {beyond:.2f} | {beyond / limit:.2f} | {middle['cpu_s']:.2f} | "

@@ -15,10 +15,11 @@ from proof.launch import Ranks, base_config, on_layout
 from reshard.commands import parity
 from reshard.errors import LayoutError, TrainingError
 
-# Five layers and seven sequences, which no two ranks share evenly; rows that 4 ranks do not; embedding and output are one.
+# Five layers and seven sequences, which only one process runs without padding; rows that 3 and 4 ranks do not share
+# evenly; embedding and output are one.
 UNEVEN = {
     "model": {"n_layers": 5, "vocab_size": 518, "ffn_dim": 130, "n_kv_heads": 4, "tied_embeddings": True},
-    "training": {"global_batch_size": 7, "batch_size": 4},
+    "training": {"global_batch_size": 7, "batch_size": 7},
 }
 LAYOUTS = "fsdp3; cp2; pp2; pp2:Interleaved1F1B; pp2:ZBVZeroBubble; pp2:GPipe.tp2; pp2:ZBVZeroBubble.fsdp2; fsdp2.cp2"
 

@@ -20,7 +20,7 @@ def test_torchrun_computes_bit_for_bit_what_launched_ranks_do(
     launch(tiny(tmp_path / "launched", layout))
     config = tmp_path / "config.toml"
     config.write_text(tomli_w.dumps(tiny(tmp_path / "typed", layout)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     done = subprocess.run(
         [*command, "reshard", "train", str(config)], check=False, capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

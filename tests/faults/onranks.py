@@ -47,9 +47,9 @@ def recover_all(folders: list[str]) -> None:
         recover(Path(folder))
 
 
-def with_little_memory(megabytes: float, words: list[str]) -> None:
-    """`reshard <words>` in a process that may take so much memory more than it has."""
+def with_little_memory(megabytes: float, command: list[str]) -> None:
+    """`reshard <command>` in a process that may take so much memory more than it has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + int(megabytes * 1e6)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    command_line(words)
+    command_line(command)

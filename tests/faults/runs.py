@@ -97,6 +97,7 @@ class Runs:
         **arguments: Any,
     ) -> Run:
         """Start `reshard <words>` on so many ranks; or a function, call="faults.module:function", with arguments."""
+        assert (words is None) == bool(call), "either a command or a function"
         self._count += 1
         place = self._place / f"run-{self._count}"
         place.mkdir(parents=True)

@@ -99,7 +99,10 @@ class Ranks:
         if self._zygote is None:
             self._zygote = subprocess.Popen(
                 [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+                env={
+                    **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+                    "TORCHINDUCTOR_CACHE_DIR": str(self._place / "compiled"),
+                },
             )  # fmt: skip
         assert self._zygote.stdin is not None
         assert self._zygote.stdout is not None

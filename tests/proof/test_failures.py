@@ -142,6 +142,10 @@ WRONG = {
         2, "--experimental.pipeline_parallel_degree 2 --parallelism.pipeline_parallel_schedule ZBVZeroBubble "
         "--training.compile", "ZBVZeroBubble cannot run compiled blocks",
     ),
+    "split, compiled and recomputed": (
+        2, "--training.tensor_parallel_degree 2 --training.compile --activation_checkpoint.mode full",
+        "cannot be compiled and recomputed whole",
+    ),
 }  # fmt: skip
 
 

@@ -323,34 +323,34 @@ def test_a_disk_that_fills_up(world: int, mode: str, shop: Workshop, tmp_path: P
         assert plain_digest(folder / "step-8") == plain_digest(tmp_path / "peace/checkpoint/step-8")
 
 
-# What a failing system call looks like from a run that saves steps 1, 2 and 3: which call, of which name, and for which
-# time in a process. strace makes the kernel's answer the error; nothing of ours is replaced.
-WRITES = [
-    ("writev", "EIO", 2), ("writev", "EIO", 3), ("writev", "ENOSPC", 2), ("writev", "EDQUOT", 2), ("mkdir", "ENOSPC", 4),
-    ("rename", "EIO", 2), ("renameat2", "EIO", 1),
-    *(("fsync", "EIO", n) for n in range(6, 26, 2)),
+# A call that fails in a run that saves steps 1, 2 and 3: its name, the error, and for which time in one process. strace
+# makes the kernel's answer the error; nothing of ours is replaced. fsync: of rank 0 after the folder's own, six a save.
+CALLS = [
+    ("writev", "EIO", 2), ("writev", "EIO", 3), ("writev", "ENOSPC", 2), ("writev", "EDQUOT", 2), ("rename", "EIO", 2),
+    ("rename", "ENOSPC", 1), ("renameat2", "EIO", 1), *(("fsync", "EIO", n) for n in (1, 6, 7, 8, 9, 10, 11, 12, 17)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("call", "error", "when"), WRITES, ids=str)
+@pytest.mark.parametrize(("call", "error", "when"), CALLS, ids=str)
 def test_a_call_that_fails_in_a_save(
     call: str, error: str, when: int, shop: Workshop, tracing: None, trained: Path, tmp_path: Path
 ) -> None:
-    """The disk says no at one place: one sentence or no harm; what is there is whole; the next start goes on."""
+    """The disk says no at one place: one sentence; what is there is whole; the next start goes on to the same end."""
     world = 1 if call == "writev" else 2  # gloo calls writev, too
     peace, run, again = tmp_path / "peace", tmp_path / "run", ()
     if call == "renameat2":  # only where a step is saved again
         again = ("--checkpoint.load_step", "1")
         shutil.copytree(trained / "run", run)
         shutil.copytree(trained / "run", peace)
+    if call == "fsync":
+        when += len((run / "checkpoint").parents)
     for place in (peace, run):
         words = train_words(place, shop.text, *again, steps=3, interval=1)
         tracer = ["-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={when}"]
         with traced(shop.runs.process, *tracer) if place == run else nullcontext():
             ended = shop.runs.run(words, world=world)
-    if ended.code != 0:
-        sentence = one_sentence(ended)
-        assert "could not be saved" in sentence or "no space left" in sentence
+    sentence = one_sentence(ended)
+    assert "could not be saved" in sentence or "no space left" in sentence
     folder = run / "checkpoint"
     assert names_in(folder) <= {"step-1", "step-2", "step-3"}
     for step in names_in(folder):
@@ -435,8 +435,8 @@ def test_too_little_memory_renames_nothing(shop: Workshop, tmp_path: Path) -> No
     in_the_load = done = 0
     more = ("--training.dtype", "bfloat16", "--checkpoint.allow_dtype_change")
     words = train_words(run, shop.text, *more, steps=2, stop_after=1, model=wide)
-    for megabytes in range(20, 200, 6):
-        ended = shop.runs.run(call="faults.onranks:with_little_memory", megabytes=megabytes, words=words)
+    for megabytes in range(20, 200, 10):
+        ended = shop.runs.run(call="faults.onranks:with_little_memory", megabytes=megabytes, command=words)
         assert tree(run / "checkpoint") == before, ended.err[0]
         done += ended.code == 0
         in_the_load += "reader.py" in ended.err[0]
@@ -447,11 +447,11 @@ def test_too_little_memory_renames_nothing(shop: Workshop, tmp_path: Path) -> No
 
 def test_verify_never_calls_little_memory_damage(shop: Workshop, trained: Path) -> None:
     codes = set()
-    for kilobytes in range(0, 4000, 100):
+    for kilobytes in range(0, 20_000, 1_000):
         ended = shop.runs.run(
             call="faults.onranks:with_little_memory", megabytes=kilobytes / 1000,
-            words=["verify", str(trained / "run/checkpoint/step-3")],
+            command=["verify", str(trained / "run/checkpoint/step-3")],
         )  # fmt: skip
         assert "DAMAGED" not in ended.out[0]
         codes.add(ended.code)
-    assert 0 in codes
+    assert codes == {0, 2}  # whole, or cannot tell

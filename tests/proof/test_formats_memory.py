@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from reshard.formats.hf_config import as_json, config_of
 from reshard.formats.output import write_output
 from reshard.formats.protocol import Ledger
 from reshard.formats.torch_model import plan_torch
+from reshard.formats.torch_pt import open_pt
 from reshard.model.names import HUGGING_FACE, foreign_name
 from reshard.model.spec import LlamaSpec, RopeScaling, flavor, parameter_shapes
 
@@ -115,8 +117,6 @@ class Window:
 @pytest.mark.timeout(1800)
 def test_seventy_billion_through_a_window(tmp_path):
     """141 GB of a 70B's shape, Hugging Face's order of rows to Meta's, in one file: size does not matter."""
-    import torch
-
     spec = flavor("llama3", "70B")
     offsets = sparse_hf(tmp_path / "in", spec)
     mark = np.random.default_rng(0).integers(0, 256, 8192 * 2, np.uint8)
@@ -142,10 +142,18 @@ def test_seventy_billion_through_a_window(tmp_path):
     assert sinks[0].bytes == output.nbytes
     assert max(peaks) - before < 128 << 20
     print(f"{output.nbytes / 1e9:.1f} GB with {(max(peaks) - before) / 2**20:.0f} MiB more")
-    found = torch.load(tmp_path / "m.pt", weights_only=True, mmap=True)
-    assert found["tok_embeddings.weight"][17].view(torch.uint8).numpy().tobytes() == mark.tobytes()
-    assert found["output.weight"][-1].view(torch.uint8).numpy().tobytes() == mark[::-1].tobytes()
-    assert not found["output.weight"][-2].any()
+    # torch would have to map all of it, which no machine of this size allows: the records are Python's zipfile's to find.
+    index = open_pt(tmp_path / "m.pt")
+    with zipfile.ZipFile(tmp_path / "m.pt") as archive:
+        records = {record.filename: record for record in archive.infolist()}
+    assert sum(record.file_size for record in records.values()) > 141e9
+    for name, row, expected in (
+        ("tok_embeddings.weight", 17, mark),
+        ("tok_embeddings.weight", 16, np.zeros_like(mark)),
+        ("output.weight", 128255, mark[::-1]),
+        ("output.weight", 128254, np.zeros_like(mark)),
+    ):
+        assert np.array_equal(index.tensors[name].read_bytes(row, row + 1), expected), (name, row)
 
 
 def anonymous():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from proof.launch import Ranks, base_config, stored_items
+from proof.launch import Ranks, base_config, on_layout, stored_items
 from reshard.commands import parity
 from reshard.commands.seed import seed
 from reshard.config import Config
@@ -49,12 +50,12 @@ VARIANTS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
         "pp2.cp2; pp2.tp2; pp2:Interleaved1F1B.fsdp2; pp2:ZBVZeroBubble.fsdp2; pp2:ZBVZeroBubble.tp2; pp2.fsdp2.tp2;"
         "pp2:ZBVZeroBubble.cp2.tp2",
     ),
-    # Five layers; a batch of seven; rows of embedding, output and feed-forward that fsdp 2, 3, 4, 6 and 8 do not share
-    # evenly; fewer KV heads than query heads.
+    # Five layers; a batch of nine, which only one process and three run without padding; rows of embedding, output and
+    # feed-forward that 3, 4, 6 and 8 ranks do not share evenly; fewer KV heads than query heads.
     "uneven": (
         {
             "model": {"n_layers": 5, "vocab_size": 518, "ffn_dim": 130, "n_kv_heads": 4},
-            "training": {"global_batch_size": 7, "batch_size": 3},
+            "training": {"global_batch_size": 9, "batch_size": 3},
         },
         "rep3; fsdp2; fsdp3; fsdp4; fsdp6; fsdp8; pp2; pp3; pp4; pp2:Interleaved1F1B; pp2:ZBVZeroBubble; rep2.fsdp2;"
         "fsdp2.tp2; pp2.fsdp2; pp2:ZBVZeroBubble.fsdp2; fsdp2.cp2; rep2.fsdp3; pp2.fsdp3; pp2.fsdp2.tp2; pp2.rep2.fsdp2",
@@ -62,7 +63,7 @@ VARIANTS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "tied and uneven": (
         {
             "model": {"n_layers": 5, "vocab_size": 518, "tied_embeddings": True},
-            "training": {"global_batch_size": 5, "batch_size": 2},
+            "training": {"global_batch_size": 5, "batch_size": 1},
         },
         "fsdp3; fsdp4; pp2.fsdp2; pp2:ZBVZeroBubble.fsdp2; pp2.rep3",
     ),
@@ -96,6 +97,7 @@ VARIANTS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     ),
     "whole logits": ({"parallelism": {"disable_loss_parallel": True}}, "tp2; pp2.tp2; pp2:ZBVZeroBubble.tp2"),
     "freed after forward": ({"parallelism": {"fsdp_reshard_after_forward": "always"}}, "pp2.fsdp2; pp2:Interleaved1F1B.fsdp2"),
+    "compiled": ({"training": {"compile": True}, "model": {"n_layers": 2}}, "cp2; fsdp2.tp2"),
 }  # fmt: skip
 CASES = [(title, wanted) for title, (_, names) in VARIANTS.items() for wanted in parity.parse_layouts(names)]
 
@@ -145,6 +147,8 @@ def compared(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("title", "name"), [pytest.param(t, w.name, id=f"{t}-{w.name}") for t, w in CASES])
 def test_a_layout_computes_what_one_process_computes(title: str, name: str, compared: Any) -> None:
+    if title == "compiled" and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
     found = compared(title, name)
     row = found.row
     assert row.problem is None, row.problem
@@ -167,6 +171,24 @@ def test_a_layout_computes_what_one_process_computes(title: str, name: str, comp
     assert set(ours) == set(theirs)
     for key, tensor in ours.items():
         assert float((tensor - theirs[key]).abs().max()) <= WEIGHTS * float(tensor.abs().max()), key
+
+
+# In bfloat16 a sum's order shows; 6e-4 was measured. A cast that is missing or misplaced shows more.
+HALF = "fsdp2; cp2; tp2; pp2; pp2:ZBVZeroBubble; pp2.fsdp2; pp2:ZBVZeroBubble.fsdp2; pp2.tp2; cp2.tp2; rep2.cp2"
+
+
+@pytest.mark.timeout(900)
+def test_mixed_precision_is_as_near_as_bfloat16_lets_it_be(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> None:
+    place = tmp_path_factory.mktemp("half")
+    config = base_config(place, training={"mixed_precision_param": "bfloat16", "stop_after": 8, "steps": 100})
+    wanted = [parity.ONE, *parity.parse_layouts(HALF)]
+    assert not any(ranks.problems([on_layout(config, one.name, place / one.folder) for one in wanted]))
+    expected = parity.read_curve(place / parity.ONE.folder)
+    found = [parity.compare(one, expected, parity.read_curve(place / one.folder)) for one in wanted]
+    print(f"\nbfloat16\n{parity.table(found)}")
+    assert all(row.loss is not None and row.loss < 3e-3 for row in found)
+    assert all(row.grad_norm is not None and row.grad_norm < 3e-3 for row in found)
+    assert any(row.loss != 0 for row in found)  # it is bfloat16
 
 
 def test_the_matrix_has_everything_in_it() -> None:

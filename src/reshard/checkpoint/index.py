@@ -13,8 +13,9 @@ from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
+from reshard.checkpoint.collector import collector_at_rest
 from reshard.checkpoint.layout import METADATA
 from reshard.checkpoint.manifest import Manifest, crc32_hex, read_file
 from reshard.errors import FormatError, IntegrityError, NotACheckpoint, StorageError
@@ -24,8 +25,7 @@ from reshard.torch_zip import ITEM_BYTES, Archive, Placed, TensorView, open_arch
 MOST_BYTES = 2 << 30  # of an index: some 200 bytes for each stored chunk
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A box of a tensor, and the bytes of the file that it is stored in."""
 
     offsets: tuple[int, ...]
@@ -77,6 +77,7 @@ def index_bytes(directory: Path, manifest: Manifest | None) -> bytes:
     return content
 
 
+@collector_at_rest()
 def read_index(content: bytes, directory: Path) -> Index:
     """The index from the bytes of a `.metadata`, without torch.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from reshard.checkpoint.collector import collector_at_rest
 from reshard.checkpoint.exchange import read_exchanging
 from reshard.checkpoint.index import Index, index_bytes, read_index
 from reshard.checkpoint.layout import Entry, entries, is_foreign, set_aside_before, step_directory
@@ -143,6 +144,7 @@ def _initial(path: Path, notes: tuple[str, ...]) -> Start:
     return Start(path, read_manifest(path), notes=notes)
 
 
+@collector_at_rest()
 def load(directory: Path, state: Mapping[str, Tensor], ranks: Ranks, *, cast: bool = False) -> int:
     """Fill tensors from a checkpoint, by stored name. Collective; all ranks succeed or all raise.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reshard.checkpoint.blocks import Throttle
+from reshard.checkpoint.collector import collector_at_rest
 from reshard.checkpoint.commit import commit, remove_temporary, temporary_directory
 from reshard.checkpoint.layout import METADATA, entries, step_of
 from reshard.checkpoint.manifest import FileEntry, Kind, Manifest, TensorEntry, crc32_hex
@@ -61,6 +62,7 @@ def save(
     return write_and_commit(directory, pieces, plan, about, ranks)
 
 
+@collector_at_rest()
 def plan_save(state: State, dtype: torch.dtype | None, planner: Planner) -> tuple[list[Piece], SavePlan]:
     """The pieces that this rank will write, and the plan for all. Collective."""
     flat = flatten(state)
@@ -69,6 +71,7 @@ def plan_save(state: State, dtype: torch.dtype | None, planner: Planner) -> tupl
     return [p for p in offered if (p.fqn, p.box) in plan.mine], plan
 
 
+@collector_at_rest()
 def write_and_commit(
     directory: Path,
     pieces: Iterable[Piece],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -240,6 +241,7 @@ def to_dcp(
     _say_cast(source, dtype)
     from reshard.checkpoint.save import save_weights
 
+    _give_memory_back()
     # The writer may still hold the end of the piece before; a cast holds one slab more.
     piece = min(PIECE_BYTES, (memory - FLOOR_WITH_TORCH_BYTES - SLAB_BYTES) // 2)
     if piece < 1 << 20:
@@ -255,6 +257,14 @@ def to_dcp(
     if verify:
         _verify(out)
     return manifest
+
+
+def _give_memory_back() -> None:
+    """Let glibc map every slab on its own: it would raise that limit, and keep freed slabs in its heap. Only a hint."""
+    import ctypes
+
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def _verify(out: Path) -> None:

@@ -119,7 +119,7 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
 
 
 def check_fit(layout: Layout, spec: LlamaSpec, config: Config) -> None:
-    """Do model and sequence divide among the ranks? Raises LayoutError with the numbers."""
+    """Do model and sequence divide among the ranks, and go the options together? Raises LayoutError with the numbers."""
     seq_len = config.training.seq_len
     if layout.cp > 1 and seq_len % (2 * layout.cp):
         raise LayoutError(
@@ -139,6 +139,14 @@ def check_fit(layout: Layout, spec: LlamaSpec, config: Config) -> None:
                 f"{number} {what} do not divide among tensor_parallel_degree {layout.tp}",
                 hint="choose a degree that divides them",
             )
+    recompute = config.activation_checkpoint
+    whole = recompute.mode == "full" or (recompute.mode == "selective" and recompute.selective_ac_option != "op")
+    if layout.tp > 1 and config.training.compile and whole:  # torch 2.13.0: an assertion of its compiler
+        raise LayoutError(
+            "blocks that tensor parallel splits cannot be compiled and recomputed whole, but training.compile is true "
+            f"and activation_checkpoint.mode is `{recompute.mode}`",
+            hint="--activation_checkpoint.mode none, or --activation_checkpoint.selective_ac_option op",
+        )
     if layout.pp > 1:
         split_layers(spec, stage_count(config.parallelism), config.parallelism.pipeline_parallel_split_points, seq_len)
         _check_schedule(layout, config)

@@ -94,10 +94,19 @@ def test_independent_readers_see_the_same_gguf(tmp_path):
     run(tmp_path / "meta", tmp_path / "m.gguf")
     reader = GGUFReader(tmp_path / "m.gguf")
     tensors = {t.name: t for t in reader.tensors}
-    q = tensors["blk.1.attn_q.weight"]
-    assert list(q.shape) == [64, 64]
-    found = dequantize(q.data, q.tensor_type)
-    assert np.array_equal(found.reshape(64, 64), weights["layers.1.attention.wq.weight"].float().numpy())
+    rows = {
+        "attn_norm": "attention_norm", "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv",
+        "attn_output": "attention.wo", "ffn_norm": "ffn_norm", "ffn_gate": "feed_forward.w1",
+        "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3",
+    }  # fmt: skip
+    names = {f"blk.1.{theirs}.weight": f"layers.1.{ours}.weight" for theirs, ours in rows.items()}
+    names |= {"token_embd.weight": "tok_embeddings.weight", "output_norm.weight": "norm.weight"}
+    names |= {"output.weight": "output.weight"}
+    for theirs, ours in names.items():
+        tensor, expected = tensors[theirs], weights[ours].float().numpy()
+        assert list(tensor.shape) == list(reversed(expected.shape))
+        assert np.array_equal(dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape), expected), theirs
+    assert len(tensors) == len(weights) + 1
     assert tensors["output_norm.weight"].tensor_type.name == "F32"
     assert tensors["rope_freqs.weight"].data.shape == (8,)
     values = {name: field.contents() for name, field in reader.fields.items()}

@@ -105,6 +105,20 @@ def test_what_zero_bubble_cannot_do_is_refused(changes: dict[str, Any], words: s
     check_fit(Layout(pp=2), spec_of(8), config.with_values(parallelism={"pipeline_parallel_schedule": "Interleaved1F1B"}))
 
 
+@pytest.mark.parametrize(("mode", "option", "fits"), [("none", "2", True), ("selective", "op", True),
+                                                      ("selective", "2", False), ("full", "2", False)])  # fmt: skip
+def test_compiled_blocks_that_are_split_are_not_recomputed_whole(mode: str, option: str, fits: bool) -> None:
+    config = Config().with_values(
+        training={"compile": True}, activation_checkpoint={"mode": mode, "selective_ac_option": option}
+    )
+    check_fit(Layout(pp=2), spec_of(4), config)
+    if fits:
+        check_fit(Layout(tp=2), spec_of(4), config)
+    else:
+        with pytest.raises(LayoutError, match="cannot be compiled and recomputed whole"):
+            check_fit(Layout(tp=2), spec_of(4), config)
+
+
 @pytest.mark.parametrize(
     ("asked", "stages"),
     [

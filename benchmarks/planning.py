@@ -1,0 +1,182 @@
+"""What does planning cost for Llama 3.1 405B on a thousand ranks? Their parts are real, the ranks are all in one process.
+
+    python benchmarks/planning.py                   256, 512 and 1024 ranks, FSDP x TP 8: writes docs/benchmarks/checkpoint.md
+    python benchmarks/planning.py --ranks 64 --out -
+
+Every rank offers what FSDP2 over tensor parallel would leave it of weights, moments and step counts. What one rank has to
+do is timed once, with everybody's offers at hand; sending them is not, but their bytes are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from checkpoint import PROJECT, put_between_marks, row, status_bytes, table
+
+from reshard.checkpoint import exchange
+from reshard.checkpoint.collector import collector_at_rest
+from reshard.checkpoint.index import read_index
+from reshard.checkpoint.manifest import TensorEntry
+from reshard.checkpoint.metadata import write_metadata
+from reshard.checkpoint.offers import Offer
+from reshard.checkpoint.plan import make_plan
+from reshard.checkpoint.state import Box
+from reshard.checkpoint.writer import Places
+from reshard.model.spec import flavor, parameter_shapes
+
+TP = 8
+SPEC = flavor("llama3_1", "405B")
+COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")  # what tensor parallel cuts along its second dim
+
+
+def part(extent: int, ranks: int, rank: int) -> tuple[int, int]:
+    """Start and size of a rank's share, as torch.chunk deals it."""
+    size = -(-extent // ranks)
+    start = min(rank * size, extent)
+    return start, min(size, extent - start)
+
+
+def box_of(name: str, shape: tuple[int, ...], rank: int, tp: int, dp: int) -> Box:
+    """What FSDP2 over TP leaves a rank of a parameter. Ranks count TP fastest."""
+    dp_rank, tp_rank = divmod(rank, tp)
+    if name.endswith(COLUMNS):
+        (row, rows), (column, columns) = part(shape[0], dp, dp_rank), part(shape[1], tp, tp_rank)
+        return Box((row, column), (rows, columns))
+    start, size = (0, shape[0]) if name.endswith("norm.weight") else part(shape[0], tp, tp_rank)
+    row, rows = part(size, dp, dp_rank)
+    return Box((start + row, *(0 for _ in shape[1:])), (rows, *shape[1:]))
+
+
+def state_of(rank: int, tp: int, dp: int) -> Iterator[tuple[str, TensorEntry, Box]]:
+    """Weights, moments and step counts of one rank."""
+    for name, shape in parameter_shapes(SPEC).items():
+        box, entry = box_of(name, shape, rank, tp, dp), TensorEntry(shape, "float32")
+        if box.volume:
+            yield f"model.{name}", entry, box
+            yield f"optimizer.state.{name}.exp_avg", entry, box
+            yield f"optimizer.state.{name}.exp_avg_sq", entry, box
+        yield f"optimizer.state.{name}.step", TensorEntry((), "float32"), Box((), ())
+
+
+def offers_of(ranks: int, tp: int) -> list[Offer]:
+    """Everybody's, through the bytes that would travel."""
+    return [
+        pickle.loads(pickle.dumps(Offer.of(state_of(r, tp, ranks // tp), {}), protocol=5))  # noqa: S301
+        for r in range(ranks)
+    ]
+
+
+class Clock:
+    """CPU seconds and rise of memory of named pieces of work; all of it runs on one core and waits for nothing."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
+        """Do it, note what it took."""
+        Path("/proc/self/clear_refs").write_text("5")
+        memory, begin = status_bytes("VmRSS"), time.process_time()
+        with collector_at_rest():
+            result = work()
+        self.seen[name] = {"s": time.process_time() - begin, "bytes": status_bytes("VmHWM") - memory}
+        return result
+
+
+def measure(ranks: int) -> dict[str, Any]:
+    """All for one number of ranks. Rank 0 is looked at: it does what every rank does, and writes the index besides."""
+    clock = Clock()
+    offer = clock("offer", lambda: Offer.of(state_of(0, TP, ranks // TP), {}))
+    offers = offers_of(ranks, TP)
+    plan = clock("save plan", lambda: make_plan(offers, 0))
+    clock("own part", lambda: plan.mine)
+    folder = Path(tempfile.mkdtemp(dir=PROJECT / "outputs", prefix="planning-"))
+
+    def index() -> bytes:
+        places = [Places(f"__{rank}_0.distcp") for rank in range(ranks)]
+        stored = [
+            places[rank].place(fqn, entry.dtype, box)
+            for rank in range(ranks)
+            for fqn, entry, box in plan.written_by(rank)
+        ]
+        return write_metadata(folder, plan.tensors, plan.paths, stored)
+
+    content = clock("index written", index)
+    shutil.rmtree(folder)
+    chunks, tensors = sum(1 for rank in range(ranks) for _ in plan.written_by(rank)), len(plan.tensors)
+    del plan
+    found = clock("index read", lambda: read_index(content, folder))
+    for name, tp in (("load plan", TP), ("load plan, TP halved", TP // 2)):
+        wants = offers_of(ranks, tp)
+        own, slabs = clock(name, lambda w=wants: exchange.plan(folder, found, w, 0, whole_chunks=False))
+        assert sum(job.nbytes for job in own) + sum(slab.nbytes for slab in slabs) > 0
+    return {
+        "ranks": ranks,
+        "tensors": tensors,
+        "chunks": chunks,
+        "offer": len(pickle.dumps(offer, protocol=5)),
+        "offers": sum(len(pickle.dumps(o, protocol=5)) for o in offers),
+        "index": len(content),
+        "clock": clock.seen,
+    }
+
+
+def tell(results: list[dict[str, Any]]) -> list[str]:
+    """The table: one column for each number of ranks."""
+    rows = [
+        row(name, *(f"{result[key]:,}" for result in results))
+        for name, key in (
+            ("tensors", "tensors"), ("chunks on disk", "chunks"), ("bytes of one offer", "offer"),
+            ("bytes of all offers", "offers"), ("bytes of .metadata", "index"),
+        )
+    ]  # fmt: skip
+    said = {
+        "offer": "a rank's offer",
+        "save plan": "plan of the save, every rank",
+        "own part": "what this rank writes, every rank",
+        "index written": "index written, rank 0",
+        "index read": "index read and checked, every rank",
+        "load plan": "plan of a load, same layout, every rank",
+        "load plan, TP halved": "plan of a load, TP 4 from TP 8, every rank",
+    }
+    for key, words in said.items():
+        cells = (result["clock"][key] for result in results)
+        rows.append(row(words, *(f"{cell['s']:.2f} s, {cell['bytes'] / 2**20:,.0f} MiB" for cell in cells)))
+    return table([f"405B, FSDP x TP {TP}", *(f"{result['ranks']} ranks" for result in results)], rows)
+
+
+def main() -> None:
+    """One process for each number of ranks, so that each begins with the same memory."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--out", default=str(PROJECT / "docs/benchmarks/checkpoint.md"), help="file, - for stdout only")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.one)))
+        return
+    results = []
+    for ranks in options.ranks:
+        print(f"{ranks} ranks ...", file=sys.stderr)
+        done = subprocess.run([sys.executable, __file__, "--one", str(ranks)], stdout=subprocess.PIPE, check=True)
+        results.append(json.loads(done.stdout))
+    text = "\n".join(tell(results))
+    print(text)
+    if options.out != "-":
+        put_between_marks(Path(options.out), text, "planning")
+
+
+if __name__ == "__main__":
+    main()
