@@ -50,7 +50,7 @@ size:
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
-	.venv-lock/bin/python -m pip install --quiet '.[data,plot,tensorboard]' $(DEV_TOOLS)
+	.venv-lock/bin/python -m pip install --quiet '.[data,gguf,plot,tensorboard]' $(DEV_TOOLS)
 	{ grep '^#' requirements.lock; .venv-lock/bin/python -m pip freeze --all --exclude pip --exclude reshard \
 		| sed 's/+.*//' | grep -Evi '^(nvidia-|triton|cuda-)'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock && rm -rf .venv-lock

@@ -64,8 +64,8 @@ def test_degrees_that_do_not_fit_the_ranks(
     assert hint is None or hint in (caught.value.hint or "")
 
 
-def test_async_tensor_parallel_says_not_yet() -> None:
-    with pytest.raises(LayoutError, match="not yet available"):
+def test_async_tensor_parallel_without_the_compiler_is_refused() -> None:
+    with pytest.raises(LayoutError, match="needs training.compile"):
         resolve_layout(Config().with_values(parallelism={"enable_async_tensor_parallel": True}), 1)
 
 
