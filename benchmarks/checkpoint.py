@@ -617,7 +617,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds, default 7")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="default 1 2 4")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts, default all")
-    parser.add_argument("--place", type=Path, default=PROJECT / "outputs", help="where to write meanwhile: on the disk to measure")
+    parser.add_argument(
+        "--place", type=Path, default=PROJECT / "outputs", help="where to write meanwhile: on the disk to measure"
+    )
     parser.add_argument("--out", default=str(PROJECT / "docs/benchmarks/checkpoint.md"), help="file, - for stdout only")
     parser.add_argument("--as-rank", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -34,8 +34,10 @@ class Started:
     def after_steps(self, steps: int) -> None:
         """Wait until it has trained so far. Fails where it ends before."""
         wait_for(
-            lambda: self.process.poll() is not None
-            or (self.metrics.exists() and self.metrics.read_text().count("\n") >= steps)
+            lambda: (
+                self.process.poll() is not None
+                or (self.metrics.exists() and self.metrics.read_text().count("\n") >= steps)
+            )
         )
         assert self.process.poll() is None, self.output()
 

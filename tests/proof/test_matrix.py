@@ -178,7 +178,9 @@ HALF = "fsdp2; cp2; tp2; pp2; pp2:ZBVZeroBubble; pp2.fsdp2; pp2:ZBVZeroBubble.fs
 
 
 @pytest.mark.timeout(900)
-def test_mixed_precision_is_as_near_as_bfloat16_lets_it_be(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_mixed_precision_is_as_near_as_bfloat16_lets_it_be(
+    ranks: Ranks, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     place = tmp_path_factory.mktemp("half")
     config = base_config(place, training={"mixed_precision_param": "bfloat16", "stop_after": 8, "steps": 100})
     wanted = [parity.ONE, *parity.parse_layouts(HALF)]
@@ -196,7 +198,9 @@ def test_the_matrix_has_everything_in_it() -> None:
     degrees = {tuple(sorted((axis, degree) for axis, degree in one.items() if degree > 1)) for one in layouts}
     axes = ("cp", "dp_replicate", "dp_shard", "pp", "tp")
     assert degrees >= {((axis, degree),) for axis in axes for degree in (2, 4, 8)}
-    assert degrees >= {tuple((axis, 2) for axis in chosen) for n in (2, 3) for chosen in itertools.combinations(axes, n)}
+    assert degrees >= {
+        tuple((axis, 2) for axis in chosen) for n in (2, 3) for chosen in itertools.combinations(axes, n)
+    }
     schedules = {(wanted.schedule or "1F1B", wanted.layout.pp) for _, wanted in CASES if wanted.layout.pp > 1}
     assert schedules >= {(schedule, pp) for schedule in parity.SCHEDULES for pp in (2, 4)}
     assert len(CASES) > 90

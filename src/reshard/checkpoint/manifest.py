@@ -144,7 +144,9 @@ def read_manifest(directory: Path) -> Manifest:
             if error.errno in (errno.ENOTDIR, errno.ELOOP):
                 damaged[name] = f"{name} is not a file"
                 continue
-            raise StorageError(f"`{directory / name}` cannot be read: {error.strerror or error}", path=directory) from None
+            raise StorageError(
+                f"`{directory / name}` cannot be read: {error.strerror or error}", path=directory
+            ) from None
         if not stat.S_ISREG(status.st_mode):
             damaged[name] = f"{name} is not a file"
         elif status.st_size != entry.bytes:

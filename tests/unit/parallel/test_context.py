@@ -65,12 +65,17 @@ def test_a_ranks_queries_see_what_they_see_in_the_whole_sequence(
     torch.manual_seed(0)
     q = torch.randn(2, 4, SEQ_LEN, 8, dtype=torch.float64)
     k, v = (torch.randn(2, kv_heads, SEQ_LEN, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    mine, everyone = positions_of(rank, ranks, SEQ_LEN), torch.cat([positions_of(r, ranks, SEQ_LEN) for r in range(ranks)])
+    mine, everyone = (
+        positions_of(rank, ranks, SEQ_LEN),
+        torch.cat([positions_of(r, ranks, SEQ_LEN) for r in range(ranks)]),
+    )
     attend = GatheringAttention(alone, mine[:, None] >= everyone[None, :])
     got = attend(q[:, :, mine], k[:, :, everyone], v[:, :, everyone])
     expected = causal_attention(q, k, v)[:, :, mine]
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
-    for ours, theirs in zip(torch.autograd.grad(got.sum(), (k, v)), torch.autograd.grad(expected.sum(), (k, v)), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(got.sum(), (k, v)), torch.autograd.grad(expected.sum(), (k, v)), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
 
 

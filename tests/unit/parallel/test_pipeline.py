@@ -102,7 +102,9 @@ def test_what_zero_bubble_cannot_do_is_refused(changes: dict[str, Any], words: s
     with pytest.raises(LayoutError) as caught:
         check_fit(Layout(pp=2), spec_of(8), config)
     assert words in caught.value.message
-    check_fit(Layout(pp=2), spec_of(8), config.with_values(parallelism={"pipeline_parallel_schedule": "Interleaved1F1B"}))
+    check_fit(
+        Layout(pp=2), spec_of(8), config.with_values(parallelism={"pipeline_parallel_schedule": "Interleaved1F1B"})
+    )
 
 
 @pytest.mark.parametrize(("mode", "option", "fits"), [("none", "2", True), ("selective", "op", True),
