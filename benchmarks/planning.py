@@ -7,6 +7,7 @@ Every rank offers what FSDP2 over tensor parallel would leave it of weights, mom
 do is timed once, with everybody's offers at hand; sending them is not, but their bytes are counted.
 """
 
+# ruff: noqa: F821  a name that a closure holds is deleted to free its memory
 from __future__ import annotations
 
 import argparse

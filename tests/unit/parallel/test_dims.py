@@ -65,7 +65,7 @@ def test_degrees_that_do_not_fit_the_ranks(
 
 
 def test_async_tensor_parallel_without_the_compiler_is_refused() -> None:
-    with pytest.raises(LayoutError, match="needs training.compile"):
+    with pytest.raises(LayoutError, match=r"needs training\.compile"):
         resolve_layout(Config().with_values(parallelism={"enable_async_tensor_parallel": True}), 1)
 
 
