@@ -16,6 +16,7 @@ import json
 import math
 import os
 import signal
+import random
 import socket
 import subprocess
 import sys
@@ -203,9 +204,15 @@ def digest(tensor: Any) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port that stays free until it is bound: below those that the kernel hands to outgoing connections (32768 on)."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def _tail(path: Path, characters: int = 4000) -> str:
