@@ -15,8 +15,8 @@ import io
 import json
 import math
 import os
-import signal
 import random
+import signal
 import socket
 import subprocess
 import sys
