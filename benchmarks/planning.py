@@ -7,14 +7,12 @@ Every rank offers what FSDP2 over tensor parallel would leave it of weights, mom
 do is timed once, with everybody's offers at hand; sending them is not, but their bytes are counted.
 """
 
-# ruff: noqa: F821  a name that a closure holds is deleted to free its memory
 from __future__ import annotations
 
 import argparse
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +31,7 @@ from reshard.checkpoint.index import read_index
 from reshard.checkpoint.manifest import TensorEntry
 from reshard.checkpoint.metadata import write_metadata
 from reshard.checkpoint.offers import Offer
-from reshard.checkpoint.plan import make_plan
+from reshard.checkpoint.plan import SavePlan, make_plan
 from reshard.checkpoint.state import Box
 from reshard.checkpoint.writer import Places
 from reshard.model.spec import flavor, parameter_shapes
@@ -96,6 +94,14 @@ class Clock:
         return result
 
 
+def index_of(plan: SavePlan, ranks: int) -> bytes:
+    """Rank 0's part of the commit: the index of what all ranks have written."""
+    files = [(rank, Places(f"__{rank}_0.distcp")) for rank in range(ranks)]
+    stored = [places.place(n, entry.dtype, box) for rank, places in files for n, entry, box in plan.written_by(rank)]
+    with tempfile.TemporaryDirectory(dir=PROJECT / "outputs", prefix="benchmark-") as folder:
+        return write_metadata(Path(folder), plan.tensors, plan.paths, stored, {})
+
+
 def measure(ranks: int) -> dict[str, Any]:
     """All for one number of ranks. Rank 0 is looked at: it does what every rank does, and writes the index besides."""
     clock = Clock()
@@ -103,21 +109,8 @@ def measure(ranks: int) -> dict[str, Any]:
     offers = offers_of(ranks, TP)
     plan = clock("save plan", lambda: make_plan(offers, 0))
     clock("own part", lambda: plan.mine)
-    folder = Path(tempfile.mkdtemp(dir=PROJECT / "outputs", prefix="planning-"))
-
-    def index() -> bytes:
-        places = [Places(f"__{rank}_0.distcp") for rank in range(ranks)]
-        stored = [
-            places[rank].place(fqn, entry.dtype, box)
-            for rank in range(ranks)
-            for fqn, entry, box in plan.written_by(rank)
-        ]
-        return write_metadata(folder, plan.tensors, plan.paths, stored)
-
-    content = clock("index written", index)
-    shutil.rmtree(folder)
-    chunks, tensors = sum(1 for rank in range(ranks) for _ in plan.written_by(rank)), len(plan.tensors)
-    del plan
+    content = clock("index written", lambda: index_of(plan, ranks))
+    folder = Path("step-1")
     found = clock("index read", lambda: read_index(content, folder))
     for name, tp in (("load plan", TP), ("load plan, TP halved", TP // 2)):
         wants = offers_of(ranks, tp)
@@ -125,8 +118,8 @@ def measure(ranks: int) -> dict[str, Any]:
         assert sum(job.nbytes for job in own) + sum(slab.nbytes for slab in slabs) > 0
     return {
         "ranks": ranks,
-        "tensors": tensors,
-        "chunks": chunks,
+        "tensors": len(plan.tensors),
+        "chunks": sum(len(tensor.chunks) for tensor in found.tensors.values()),
         "offer": len(pickle.dumps(offer, protocol=5)),
         "offers": sum(len(pickle.dumps(o, protocol=5)) for o in offers),
         "index": len(content),

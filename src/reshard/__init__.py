@@ -3,6 +3,12 @@
 train(config)      train on this process's share of the ranks
 seed(config)       write step-0 on one CPU
 load_config(...)   a TOML file and --section.key values, validated
+
+For a training loop of your own, any state dict, on any ranks:
+save(path, state)  one committed checkpoint directory
+load(path, state)  fill a state dict in place, on whatever layout it has now
+newest(folder)     the checkpoint that was saved last
+AsyncSaver()       save while training goes on
 """
 
 from __future__ import annotations
@@ -11,17 +17,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from reshard.checkpoint.api import AsyncSaver, load, newest, save
     from reshard.commands.seed import seed
     from reshard.config import Config, load_config
     from reshard.errors import ReshardError
     from reshard.train.loop import train
 
-__all__ = ["Config", "ReshardError", "load_config", "seed", "train"]
+__all__ = ["AsyncSaver", "Config", "ReshardError", "load", "load_config", "newest", "save", "seed", "train"]
 
 _HOMES = {
+    "AsyncSaver": "reshard.checkpoint.api",
     "Config": "reshard.config",
     "ReshardError": "reshard.errors",
+    "load": "reshard.checkpoint.api",
     "load_config": "reshard.config",
+    "newest": "reshard.checkpoint.api",
+    "save": "reshard.checkpoint.api",
     "seed": "reshard.commands.seed",
     "train": "reshard.train.loop",
 }

@@ -447,25 +447,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _set_up_logging(plain=any("disable_color_printing" in word for word in words))
     if words and words[0].startswith(("--job.config", "--job.config-file")):
         words.insert(0, "train")  # the specification's script passes no verb
+    code = 0
     try:
         cli(words, standalone_mode=False)
     except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = stop.exit_code
     except click.ClickException as error:
         error.show()
-        sys.exit(2)
+        code = 2
     except click.Abort:
-        sys.exit(130)
+        code = 130
     except ReshardError as error:
-        _fail(error)
+        code = _fail(error)
+    _leave(code)
 
 
-def _fail(error: ReshardError) -> None:
-    """Say it once: rank 0 for what all ranks know, the rank itself for what only it knows."""
+def _leave(code: int) -> None:
+    """End this process with an exit code.
+
+    Where it has met other ranks, without Python's own end: gloo's threads take the GIL to let go of the last tensors,
+    and a thread that asks for it then ends the process by SIGABRT, after all has been done well (pytorch#179291).
+    """
+    if "WORLD_SIZE" in os.environ and "torch" in sys.modules:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _fail(error: ReshardError) -> int:
+    """Say it once: rank 0 for what all ranks know, the rank itself for what only it knows. Returns the exit code."""
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0 or error.rank_local:
         click.echo(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", err=True)
     else:
         # torchrun ends all ranks when the first one exits: leave rank 0 the time to speak.
         time.sleep(3)
-    sys.exit(2)
+    return 2

@@ -155,4 +155,4 @@ def not_noticed(tally: Tally) -> list[Outcome]:
 
 def _only_json_space(outcome: Outcome) -> bool:
     """White space around a manifest's JSON says nothing; all that is in it has the digest."""
-    return "manifest.json" in outcome.what and outcome.result == HARMLESS
+    return outcome.kind in ("truncated", "extended") and "manifest.json" in outcome.what and outcome.result == HARMLESS

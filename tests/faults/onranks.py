@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
+import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -53,3 +57,26 @@ def with_little_memory(megabytes: float, command: list[str]) -> None:
     limit = pages * resource.getpagesize() + int(megabytes * 1e6)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     command_line(command)
+
+
+def each_command(commands: list[list[str]], place: str, megabytes: int, seconds: int) -> None:
+    """Every `reshard <command>` in a process of its own, with a limit on memory and time; code and output to files."""
+    for number, command in enumerate(commands):
+        pid = os.fork()
+        if pid == 0:
+            for descriptor, name in ((1, "out"), (2, "err")):
+                file = os.open(f"{place}/{name}-{number}", os.O_WRONLY | os.O_CREAT, 0o600)
+                os.dup2(file, descriptor)
+            signal.alarm(seconds)
+            try:
+                with_little_memory(megabytes, command)
+                os._exit(0)
+            except SystemExit as stop:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(int(stop.code or 0))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(99)
+        _, status = os.waitpid(pid, 0)
+        Path(f"{place}/code-{number}").write_text(str(os.waitstatus_to_exitcode(status)))

@@ -62,7 +62,7 @@ class Story:
 
 def read_story(history: History, config: Config, before: Path | None, place: Path) -> Story:
     """Find the saves in what was recorded. before: the checkpoint folder at the beginning. The truth about each is read
-    by plain torch from the directory as it was right after its rename.
+    by plain torch from the directory as it was when the run said that it was saved.
     """
     saves = []
     for number, old in enumerate(
@@ -77,16 +77,17 @@ def read_story(history: History, config: Config, before: Path | None, place: Pat
         source, _, name = rest.partition(" -> ")
         if verb not in ("rename", "exchange") or not name.startswith("step-") or ".tmp-" not in source:
             continue
-        tree = crash.at(crash.found_after(history, lambda i, n=number: i <= n, Loss()), f"{FOLDER}/{name}")
+        step = int(name.removeprefix("step-"))
+        promised = min(call for call, said in promises if said == step and call > number)
+        tree = crash.at(crash.found_after(history, lambda i, n=promised: i <= n, Loss()), f"{FOLDER}/{name}")
         assert isinstance(tree, dict)
         crash.put(tree, place / f"truth-{number}")
         digest = plain_digest(place / f"truth-{number}")
-        manifest = json.loads((place / f"truth-{number}" / MANIFEST).read_text())
+        save_id = json.loads((place / f"truth-{number}" / MANIFEST).read_text())["save_id"]
         shutil.rmtree(place / f"truth-{number}")
-        promised = min(call for call, step in promises if step == manifest["step"] and call > number)
         # With two renames it counts from the first one on: a start finishes what that one has begun.
-        first = [i for i, o in enumerate(history.ops) if o.path.endswith(f"/{name}.old-{manifest['save_id']}")][:1]
-        saves.append(Save(manifest["save_id"], manifest["step"], digest, *first or [number], promised, None))
+        first = [i for i, o in enumerate(history.ops) if o.path.endswith(f"/{name}.old-{save_id}")][:1]
+        saves.append(Save(save_id, step, digest, *first or [number], promised, None))
     return Story(history, config, [_until(history, save) for save in saves])
 
 

@@ -32,6 +32,7 @@ def test_every_fault_is_refused_or_harmless(shop: Workshop) -> None:
     assert len(tally.outcomes) == len(faults) > 400
     assert tally.those(campaign.WRONG, campaign.UNSAID, campaign.DIED) == []
     assert campaign.not_noticed(tally) == []
+    assert {outcome.kind for outcome in tally.those(campaign.HARMLESS)} <= {"extra file", "truncated", "extended"}
 
 
 def test_every_crash_state_starts_rightly(shop: Workshop) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from proof.launch import base_config, on_layout, world_size
 from reshard.config import config_to_toml
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 
 PATIENCE_S = 120  # for what should take seconds: a machine may be busy, a hang lasts longer
 ENDLESS = {"steps": 1_000_000}
@@ -30,6 +32,7 @@ class Started:
     process: subprocess.Popen[bytes]
     log: Path
     metrics: Path
+    others: list[int] = field(default_factory=list)  # processes that it started
 
     def after_steps(self, steps: int) -> None:
         """Wait until it has trained so far. Fails where it ends before."""
@@ -73,6 +76,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
         if one.process.poll() is None:
             one.process.terminate()
             one.process.wait(timeout=PATIENCE_S)
+        for pid in one.others:
+            if lives(pid):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.timeout(300)
@@ -83,6 +89,7 @@ def test_a_rank_that_dies_takes_the_run_down_with_its_number_and_the_reason(
     run = start(layout, training=ENDLESS)
     run.after_steps(2)
     workers = ranks_of(run.process.pid)
+    run.others += workers.values()
     os.kill(workers[victim], signal.SIGKILL)
     begun = time.monotonic()
     code = run.process.wait(timeout=PATIENCE_S)
@@ -102,6 +109,7 @@ def test_workers_end_with_their_agent(start: Any) -> None:
     run = start("fsdp2", training=ENDLESS)
     run.after_steps(2)
     workers = ranks_of(run.process.pid)
+    run.others += workers.values()
     assert sorted(workers) == [0, 1]
     assert all(lives(pid) for pid in workers.values())
     run.process.kill()  # torchrun cannot end them any more
@@ -116,6 +124,7 @@ def test_nothing_that_parity_started_outlives_it(start: Any) -> None:
     run.after_steps(2)
     (agent,) = children_of(run.process.pid)
     workers = ranks_of(agent)
+    run.others += [agent, *workers.values()]
     assert sorted(workers) == [0, 1]
     run.process.kill()
     wait_for(lambda: not any(lives(pid) for pid in (agent, *workers.values())))

@@ -18,9 +18,10 @@ from math import prod
 from typing import Any
 
 import torch
-from torch._utils import _rebuild_tensor_v2  # private: what every torch.save names in its pickle; torch 2.13.0
+from torch._utils import _rebuild_tensor_v2, _rebuild_tensor_v3  # private: torch.save's pickles name them; torch 2.13.0
 
 from reshard.checkpoint.manifest import crc32
+from reshard.torch_zip import ITEM_BYTES
 
 ALIGNMENT = 64  # of the numbers within the archive, as torch.save does
 MOST_BYTES = 0xFFFFFFFF  # of a zip without zip64; a chunk is far smaller
@@ -45,12 +46,14 @@ _STORAGE: dict[torch.dtype, Any] = {
     torch.int8: torch.CharStorage,
     torch.uint8: torch.ByteStorage,
     torch.bool: torch.BoolStorage,
-}
+    torch.complex64: torch.ComplexFloatStorage,
+    torch.complex128: torch.ComplexDoubleStorage,
+}  # the others have no storage class of their own: theirs is untyped, and the tensor says what it is
 
 
 def supported(dtype: torch.dtype) -> bool:
     """Can a tensor of this dtype be stored?"""
-    return dtype in _STORAGE
+    return str(dtype).removeprefix("torch.") in ITEM_BYTES
 
 
 @lru_cache(maxsize=4096)
@@ -138,7 +141,10 @@ class _Shell:
 
     def __reduce__(self) -> tuple[Any, ...]:
         strides = tuple(prod(self.sizes[i + 1 :]) for i in range(len(self.sizes)))
-        return _rebuild_tensor_v2, (_Record(self), 0, self.sizes, strides, False, OrderedDict())
+        arguments: tuple[Any, ...] = (_Record(self), 0, self.sizes, strides, False, OrderedDict())
+        if self.dtype in _STORAGE:
+            return _rebuild_tensor_v2, arguments
+        return _rebuild_tensor_v3, (*arguments, self.dtype)
 
 
 class _Record:
@@ -154,7 +160,10 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Any:
         """What torch.save would say of the storage."""
         if isinstance(obj, _Record):
-            return ("storage", _STORAGE[obj.shell.dtype], "0", "cpu", prod(obj.shell.sizes))
+            count, dtype = prod(obj.shell.sizes), obj.shell.dtype
+            if dtype in _STORAGE:
+                return ("storage", _STORAGE[dtype], "0", "cpu", count)
+            return ("storage", torch.UntypedStorage, "0", "cpu", count * dtype.itemsize)
         return None
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
-from reshard.checkpoint.manifest import FileEntry, crc32_hex, read_file
+from reshard.checkpoint.manifest import FileEntry, UnfitFile, crc32_hex, read_file
 from reshard.errors import IntegrityError
 
 BLOCK_BYTES = 1 << 16
@@ -191,8 +191,8 @@ def read_sums(directory: Path, name: str, entry: FileEntry, data_bytes: int) -> 
         content = read_file(directory / name, entry.bytes)
     except FileNotFoundError:
         raise damaged("the file is missing") from None
-    except IsADirectoryError:
-        raise damaged("it is not a file") from None
+    except UnfitFile as error:
+        raise damaged(f"it {error}") from None
     if len(content) != entry.bytes or crc32_hex(content) != entry.crc32:
         raise damaged(f"CRC32 {crc32_hex(content)} of {len(content)} bytes, expected {entry.crc32} of {entry.bytes}")
     if len(content) < _HEADER.size or len(content) % 4:

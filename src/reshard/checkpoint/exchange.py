@@ -138,12 +138,15 @@ def _cuts(
 ) -> Iterator[tuple[int, Box, tuple[tuple[int, Box], ...]]]:
     """Number of the chunk, rows and rank -> part, for all rows of a tensor that this rank wants something of."""
     for number, chunk in enumerate(chunks):
-        if mine.overlap(chunk) is None:
+        here = mine.overlap(chunk)
+        if here is None:
             continue
+        # Who wants nothing of our rows has no edge between them, and can be left out.
+        rows_here = chunk if whole_chunks or not chunk.sizes else _rows_of(chunk, here)
         takers = [
             (holder, common)
             for box, holders in spread.holders.items()
-            if (common := box.overlap(chunk)) is not None
+            if box.overlap(rows_here) is not None and (common := box.overlap(chunk)) is not None
             for holder in holders
         ]
         takers.sort()
@@ -179,20 +182,30 @@ def _slabs(cuts: list[Cut]) -> list[Slab]:
     Ranks that share a slab come to the same, as each looks only at what the very same ranks want, in the same order.
     """
     cuts.sort(key=_place)
-    bundles: dict[tuple[int, ...], list[list[Cut]]] = {}
+    of_same: dict[tuple[int, ...], list[Cut]] = {}
     for cut in cuts:
-        of_same = bundles.setdefault(tuple(taker for taker, _ in cut.wants), [[]])
-        if of_same[-1] and sum(c.nbytes for c in of_same[-1]) + cut.nbytes > SLAB_BYTES:
-            of_same.append([])
-        of_same[-1].append(cut)
+        of_same.setdefault(tuple(taker for taker, _ in cut.wants), []).append(cut)
     slabs = []
-    for takers, of_same in bundles.items():
+    for takers, theirs in of_same.items():
         load = dict.fromkeys(takers, 0)
-        for bundle in of_same:
+        for bundle in _bundles(theirs):
             slab = Slab(min(takers, key=load.__getitem__), takers, tuple(bundle))
             load[slab.reader] += slab.nbytes
             slabs.append(slab)
     return sorted(slabs, key=lambda slab: _place(slab.cuts[0]))
+
+
+def _bundles(cuts: Iterable[Cut]) -> Iterator[list[Cut]]:
+    """Runs of cuts of together at most SLAB_BYTES, or a single one that is larger."""
+    bundle: list[Cut] = []
+    nbytes = 0
+    for cut in cuts:
+        if bundle and nbytes + cut.nbytes > SLAB_BYTES:
+            yield bundle
+            bundle, nbytes = [], 0
+        bundle.append(cut)
+        nbytes += cut.nbytes
+    yield bundle
 
 
 def _place(cut: Cut) -> tuple[str, int, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from reshard.checkpoint.collector import collector_at_rest
 from reshard.checkpoint.layout import METADATA
-from reshard.checkpoint.manifest import Manifest, crc32_hex, read_file
+from reshard.checkpoint.manifest import Manifest, UnfitFile, crc32_hex, read_file
 from reshard.errors import FormatError, IntegrityError, NotACheckpoint, StorageError
 from reshard.safe_pickle import loads
 from reshard.torch_zip import ITEM_BYTES, Archive, Placed, TensorView, open_archive, place
@@ -46,10 +46,14 @@ class IndexedTensor:
 
 @dataclass(frozen=True)
 class Index:
-    """tensors: by stored name. objects: what is stored beside tensors, pickled; name -> (file, offset, length)."""
+    """tensors: by stored name. objects: what is stored beside tensors, pickled; name -> (file, offset, length).
+
+    paths: name -> its place in the nested state that was saved.
+    """
 
     tensors: Mapping[str, IndexedTensor]
     objects: Mapping[str, tuple[str, int, int]]
+    paths: Mapping[str, tuple[str | int, ...]]
 
 
 def index_bytes(directory: Path, manifest: Manifest | None) -> bytes:
@@ -60,8 +64,8 @@ def index_bytes(directory: Path, manifest: Manifest | None) -> bytes:
     path = directory / METADATA
     try:
         content = read_file(path, MOST_BYTES)
-    except IsADirectoryError:
-        raise IntegrityError(f"`{path}` is not a file", path=directory, files=[METADATA]) from None
+    except UnfitFile as error:
+        raise IntegrityError(f"`{path}` is damaged: it {error}", path=directory, files=[METADATA]) from None
     except (FileNotFoundError, NotADirectoryError):
         raise NotACheckpoint(f"`{directory}` has no {METADATA}, expected a DCP checkpoint", path=directory) from None
     except OSError as error:
@@ -105,7 +109,7 @@ def read_index(content: bytes, directory: Path) -> Index:
             raise damaged(f"it stores {name}, which it does not describe")
     _check_places(storage, damaged)
     objects = {name: storage[name, ()] for name in described if name not in tensors and (name, ()) in storage}
-    return Index(tensors, objects)
+    return Index(tensors, objects, _paths(found.planner_data))
 
 
 def open_item(fd: int, path: Path, where: str, dtype: str, chunk: Chunk) -> tuple[Archive, TensorView, Placed]:
@@ -175,6 +179,17 @@ def _tensor(
     return IndexedTensor(shape, dtype, tuple(Chunk(o, s, *storage[name, o]) for o, s in full))
 
 
+def _paths(planner_data: Any) -> dict[str, tuple[str | int, ...]]:
+    """What is of the expected form; nothing here relies on it."""
+    if type(planner_data) is not dict:
+        return {}
+    return {
+        name: path
+        for name, path in planner_data.items()
+        if type(name) is str and type(path) is tuple and all(type(key) in (str, int) for key in path)
+    }
+
+
 def _check_places(storage: Mapping[Any, tuple[str, int, int]], damaged: Any) -> None:
     """A flipped bit in an offset can only point to the bytes of another item: no two may have the same."""
     for (file, offset, length), (next_file, next_offset, _) in pairwise(sorted(storage.values())):
@@ -222,6 +237,7 @@ class _MetadataEntry(_Entry):
     """The whole index; older ones lack some of its fields."""
 
     storage_data: Any = None
+    planner_data: Any = None
 
 
 @dataclass(frozen=True)

@@ -102,15 +102,21 @@ def _digest(body: dict[str, Any]) -> str:
     return crc32_hex(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
 
 
+class UnfitFile(OSError):
+    """What lies there is no file, or far larger than any that we write: damage, not a failing disk."""
+
+
 def read_file(path: Path, most_bytes: int) -> bytes:
-    """The bytes of a file, no more than most_bytes + 1 of them. Raises OSError; IsADirectoryError for all that is no file."""
+    """The bytes of a file. Raises OSError; UnfitFile where there are more than most_bytes, or a pipe, or a directory."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would make us wait
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, "not a file", str(path))
+            raise UnfitFile("is not a file")
+        if status.st_size > most_bytes:
+            raise UnfitFile(f"has {status.st_size:,} bytes, expected at most {most_bytes:,}")
         with open(fd, "rb", closefd=False) as file:
-            return file.read(min(status.st_size, most_bytes) + 1)  # as much memory as the file has bytes, not more
+            return file.read(status.st_size)
     finally:
         os.close(fd)
 
@@ -126,8 +132,8 @@ def read_manifest(directory: Path) -> Manifest:
         content = read_file(path, MOST_BYTES)
     except FileNotFoundError:
         raise _without_manifest(directory) from None
-    except IsADirectoryError:
-        raise IntegrityError(f"`{path}` is not a file", path=directory, files=[MANIFEST]) from None
+    except UnfitFile as error:
+        raise IntegrityError(f"`{path}` is damaged: it {error}", path=directory, files=[MANIFEST]) from None
     except NotADirectoryError:
         raise NotACheckpoint(f"`{directory}` is a file, expected a checkpoint directory", path=directory) from None
     except OSError as error:
@@ -180,8 +186,6 @@ def _parse(content: bytes, directory: Path) -> Manifest:
     def damaged(reason: str) -> IntegrityError:
         return IntegrityError(f"`{directory / MANIFEST}` is damaged: {reason}", path=directory, files=[MANIFEST])
 
-    if len(content) > MOST_BYTES:
-        raise damaged(f"it has more than {MOST_BYTES:,} bytes")
     try:
         body = json.loads(content)
         digest = body.pop("digest")

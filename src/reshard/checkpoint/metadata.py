@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +26,33 @@ from reshard.checkpoint.writer import Stored
 def write_metadata(
     directory: Path,
     tensors: Mapping[str, TensorEntry],
-    paths: Mapping[str, tuple[str, ...]],
+    paths: Mapping[str, tuple[str | int, ...]],
     stored: Iterable[Stored],
+    objects: Mapping[str, tuple[str, int, int]],
 ) -> bytes:
     """Write the DCP index for what the writers left; flushed and fsynced. Returns its bytes.
 
-    paths: name -> its path in the nested state, which dcp_to_torch rebuilds.
+    paths: name -> its path in the nested state, which dcp_to_torch rebuilds. objects: what somebody else's planner has
+    pickled, name -> (file, offset, length).
     """
     by_name: dict[str, list[Stored]] = {fqn: [] for fqn in tensors}
     for item in stored:
         by_name[item.fqn].append(item)
-    # Equal sizes, boxes and properties are one object, which a pickle stores once: most tensors are cut alike.
-    size_of, chunk_of, properties_of = cache(torch.Size), cache(dcp.ChunkStorageMetadata), cache(_properties)
-    described: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     storage: dict[dcp.MetadataIndex, Any] = {}
     for fqn, entry in tensors.items():
-        chunks = []
-        for number, item in enumerate(sorted(by_name[fqn], key=lambda s: s.box.offsets)):
-            offsets = size_of(item.box.offsets)
-            chunks.append(chunk_of(offsets, size_of(item.box.sizes)))
-            storage[dcp.MetadataIndex(fqn, offsets, number)] = _StorageInfo(item.file, item.offset, item.length)
-        described[fqn] = dcp.TensorStorageMetadata(properties_of(entry.dtype), size_of(entry.shape), chunks)
+        items = sorted(by_name[fqn], key=lambda s: s.box.offsets)
+        entries[fqn] = described(entry, [item.box for item in items])
+        for number, item in enumerate(items):
+            index = dcp.MetadataIndex(fqn, _size(item.box.offsets), number)
+            storage[index] = _StorageInfo(item.file, item.offset, item.length)
+    for name, place in objects.items():
+        entries[name] = dcp.BytesStorageMetadata()
+        storage[dcp.MetadataIndex(name)] = _StorageInfo(*place)
     out = io.BytesIO()
-    index = dcp.Metadata(state_dict_metadata=described, planner_data=dict(paths), storage_data=storage)
-    _Pickler(out, protocol=4).dump(index)
+    _Pickler(out, protocol=4).dump(
+        dcp.Metadata(state_dict_metadata=entries, planner_data=dict(paths), storage_data=storage)
+    )
     content = out.getvalue()
     write_durably(directory / METADATA, content)
     return content
@@ -75,5 +78,25 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
+def described(
+    entry: TensorEntry, boxes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> dcp.TensorStorageMetadata:
+    """What DCP says of one tensor. boxes: offsets and sizes of its chunks.
+
+    Equal sizes, boxes and properties are one object, which a pickle stores once: most tensors are cut alike.
+    """
+    chunks = [_chunk(offsets, sizes) for offsets, sizes in boxes]
+    return dcp.TensorStorageMetadata(_properties(entry.dtype), _size(entry.shape), chunks)
+
+
+_size = lru_cache(maxsize=1 << 16)(torch.Size)
+
+
+@lru_cache(maxsize=1 << 16)
+def _chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> dcp.ChunkStorageMetadata:
+    return dcp.ChunkStorageMetadata(_size(offsets), _size(sizes))
+
+
+@cache
 def _properties(dtype: str) -> dcp.TensorProperties:
     return dcp.TensorProperties(dtype=dtype_from_name(dtype))

@@ -10,9 +10,11 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +24,8 @@ from reshard.checkpoint.blocks import SUFFIX, CheckedFile, read_full, read_sums
 from reshard.checkpoint.index import Chunk, Index, open_item
 from reshard.checkpoint.manifest import Manifest, crc32
 from reshard.checkpoint.state import Box, bytes_of, dtype_from_name, dtype_name, local_part
-from reshard.errors import IntegrityError, StorageError, TensorMismatch
-from reshard.torch_zip import crc_of
+from reshard.errors import FormatError, IntegrityError, StorageError, TensorMismatch
+from reshard.torch_zip import crc_of, open_archive
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +144,29 @@ def _jobs(directory: Path, index: Index, name: str, tensor: Tensor) -> Iterator[
         )
 
 
+def read_objects(directory: Path, index: Index) -> dict[str, Any]:
+    """What a foreign directory stores beside tensors: numbers, strings, lists and dicts.
+
+    The pickles are read without running them; those that are damaged, or name anything else, are left out.
+    Raises StorageError.
+    """
+    found = {}
+    for name, (file, offset, length) in index.objects.items():
+        path = directory / file
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                content = open_archive(fd, path, start=offset, nbytes=length, where=f"`{path}`: {name}").content
+            finally:
+                os.close(fd)
+        except FormatError:
+            continue
+        except OSError as error:
+            raise StorageError(f"`{path}` cannot be read: {error.strerror or error}", path=directory) from None
+        found[name] = content
+    return found
+
+
 class Files:
     """The data files of one directory, opened once each, with their block sums."""
 
@@ -159,13 +184,29 @@ class Files:
 
     def read(self, job: Job) -> int:
         """Read one job's part into its target. Returns the bytes read."""
+        with self._saying(job):
+            fd, checked = self._file(job)
+            return self._read_archive(job, fd) if checked is None else self._read_rows(job, checked)
+
+    def read_object(self, job: Job) -> int:
+        """Read what is no tensor, as its bytes are, into the job's target. Returns the bytes read."""
+        with self._saying(job):
+            fd, checked = self._file(job)
+            if checked is not None:
+                return checked.read(job.offset, bytes_of(job.target), partial(self._bad_block, job, checked))
+            path = self._directory / job.file
+            archive = open_archive(fd, path, start=job.offset, nbytes=job.length, where=f"`{path}`", opened=False)
+            for name, record in archive.records.items():
+                if record.crc32 is not None and crc_of(fd, record) != record.crc32:
+                    raise self._damaged(job, f"record {name} does not have its stored CRC32")
+            read_full(fd, [bytes_of(job.target)], job.offset)
+            return job.length
+
+    @contextmanager
+    def _saying(self, job: Job) -> Iterator[None]:
+        """What goes wrong in this block is said with file and tensor."""
         try:
-            fd, size, checked = self._file(job)
-            if job.offset < 0 or job.length <= 0 or job.offset + job.length > size:
-                raise self._damaged(job, f"bytes {job.offset} to {job.offset + job.length} of a file of {size}")
-            if checked is None:
-                return self._read_archive(job, fd)
-            return self._read_rows(job, checked)
+            yield
         except EOFError:
             raise self._damaged(job, "the file ends early") from None
         except OSError as error:
@@ -175,7 +216,7 @@ class Files:
                 rank_local=True,
             ) from None
 
-    def _file(self, job: Job) -> tuple[int, int, CheckedFile | None]:
+    def _file(self, job: Job) -> tuple[int, CheckedFile | None]:
         if job.file not in self._open:
             try:
                 fd = os.open(
@@ -190,7 +231,10 @@ class Files:
                 raise self._damaged(job, "it is not a file")
             if self._manifest is not None:
                 self._open[job.file] = (fd, size, self._checked(job, fd, size))
-        return self._open[job.file]
+        fd, size, checked = self._open[job.file]
+        if job.offset < 0 or job.length <= 0 or job.offset + job.length > size:
+            raise self._damaged(job, f"bytes {job.offset} to {job.offset + job.length} of a file of {size}")
+        return fd, checked
 
     def _checked(self, job: Job, fd: int, size: int) -> CheckedFile:
         assert self._manifest is not None
@@ -202,10 +246,6 @@ class Files:
 
     def _read_rows(self, job: Job, file: CheckedFile) -> int:
         """Ours: only the rows that are wanted, each block checked, straight into the target where its memory allows."""
-
-        def fail(block: int) -> IntegrityError:
-            return self._damaged(job, f"block {block} ({file.block_bytes * block} bytes in) does not have its CRC32")
-
         nbytes = job.chunk.volume * job.dtype.itemsize
         if job.length != nbytes + archive.overhead(job.dtype, job.chunk.sizes):
             raise self._damaged(job, f"{job.length} bytes are no chunk of this dtype and shape")
@@ -217,7 +257,7 @@ class Files:
         whole_rows = job.common.sizes[1:] == job.chunk.sizes[1:]
         direct = whole_rows and target.dtype == job.dtype and target.device.type == "cpu" and target.is_contiguous()
         values = target if direct else torch.empty((rows, *job.chunk.sizes[1:]), dtype=job.dtype)
-        read = file.read(start, bytes_of(values), fail)
+        read = file.read(start, bytes_of(values), partial(self._bad_block, job, file))
         if not direct:
             columns = tuple(
                 slice(o - base, o - base + s)
@@ -245,6 +285,9 @@ class Files:
         values = numbers.as_strided(tensor.shape, tensor.stride)
         job.target.copy_(values[job.common.slices_in(job.chunk)] if job.chunk.sizes else values)
         return job.length
+
+    def _bad_block(self, job: Job, file: CheckedFile, block: int) -> IntegrityError:
+        return self._damaged(job, f"block {block} ({file.block_bytes * block} bytes in) does not have its CRC32")
 
     def _damaged(self, job: Job, reason: str) -> IntegrityError:
         return IntegrityError(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -87,8 +88,9 @@ def write_and_commit(
         written = ranks.everywhere(lambda: write_pieces(temporary, _file_of(ranks.rank), pieces, throttle))
 
         def finish() -> Manifest:
-            stored = [s for r, w in enumerate(written) for s in _stored(temporary, _file_of(r), plan.written_by(r), w)]
-            return _finish(temporary, directory, about, plan, stored, written)
+            stored = [s for r, w in enumerate(written) for s in _stored(_file_of(r), plan.written_by(r), w)]
+            files = {name: entry for w in written for name, entry in w.files.items()}
+            return finish_save(temporary, directory, about, plan.tensors, plan.paths, stored, files)
 
         return ranks.on_first(finish)
     except BaseException as error:
@@ -127,7 +129,8 @@ def save_weights(
         temporary = temporary_directory(directory, save_id)
         written = write_pieces(temporary, _file_of(0), counted())
         plan = make_plan([Offer.of(parts, {name: (name,) for name, _, _ in parts})], 0)
-        return _finish(temporary, directory, about, plan, _stored(temporary, _file_of(0), parts, written), [written])
+        stored = _stored(_file_of(0), parts, written)
+        return finish_save(temporary, directory, about, plan.tensors, plan.paths, stored, written.files)
     except BaseException as error:
         remove_temporary(directory)
         if isinstance(error, OSError):
@@ -152,29 +155,37 @@ def _file_of(rank: int) -> str:
     return f"__{rank}_0.distcp"
 
 
-def _stored(
-    directory: Path, file_name: str, parts: Iterable[tuple[str, TensorEntry, Box]], written: Written
-) -> list[Stored]:
+def _stored(file_name: str, parts: Iterable[tuple[str, TensorEntry, Box]], written: Written) -> list[Stored]:
     """Where a rank's pieces lie, worked out from what it was to write; it must have meant the same, to the last byte."""
     places = Places(file_name)
     stored = [places.place(fqn, entry.dtype, box) for fqn, entry, box in parts]
-    assert places.seal == written.seal, f"the writer of {file_name} did not write what was planned"
-    for name, entry in written.files.items():
-        size = (directory / name).stat().st_size
-        if size != entry.bytes or (name == file_name and size != places.end):
-            raise OSError(
-                errno.EIO, f"{name} has {size} bytes on disk, {entry.bytes} were written", str(directory / name)
-            )
+    nbytes = written.files[file_name].bytes if file_name in written.files else 0
+    assert (places.seal, places.end) == (written.seal, nbytes), f"{file_name} does not hold what was planned"
     return stored
 
 
-def _finish(
-    temporary: Path, directory: Path, about: About, plan: SavePlan, stored: list[Stored], written: Sequence[Written]
+def finish_save(
+    temporary: Path,
+    directory: Path,
+    about: About,
+    tensors: Mapping[str, TensorEntry],
+    paths: Mapping[str, tuple[str | int, ...]],
+    stored: Iterable[Stored],
+    files: Mapping[str, FileEntry],
+    objects: Mapping[str, tuple[str, int, int]] = MappingProxyType({}),
 ) -> Manifest:
-    """Rank 0's part: write index and manifest, commit."""
-    files = {name: entry for w in written for name, entry in w.files.items()}
-    content = write_metadata(temporary, plan.tensors, plan.paths, stored)
-    files[METADATA] = FileEntry(len(content), crc32_hex(content))
+    """Rank 0's part: check that the disk has every byte, write index and manifest, commit. Raises OSError.
+
+    objects: what somebody else's planner has pickled; name -> (file, offset, length).
+    """
+    for name, entry in files.items():
+        size = (temporary / name).stat().st_size
+        if size != entry.bytes:
+            raise OSError(
+                errno.EIO, f"{name} has {size} bytes on disk, {entry.bytes} were written", str(temporary / name)
+            )
+    content = write_metadata(temporary, tensors, paths, stored, objects)
+    files = {**files, METADATA: FileEntry(len(content), crc32_hex(content))}
     manifest = Manifest(
         step=about.step,
         kind=about.kind,
@@ -188,7 +199,7 @@ def _finish(
         model=about.model,
         data=about.data,
         train_state=about.train_state,
-        tensors=dict(plan.tensors),
+        tensors=dict(tensors),
         files=files,
         versions={"reshard": _own_version(), "torch": torch.__version__},
     )

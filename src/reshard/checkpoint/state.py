@@ -1,7 +1,7 @@
 """What is saved? Named tensors, and the box that each rank holds of them.
 
-Nothing here knows what a model is: a state is two levels of names over tensors, {"model": {fqn: tensor}}, or one
-level for weights-only checkpoints. A plain tensor is taken to be the same on every rank that has it.
+Nothing here knows what a model is: a state is dicts of names over tensors, {"model": {fqn: tensor}}, one level deep for
+weights-only checkpoints. A plain tensor is taken to be the same on every rank that has it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-State = Mapping[str, "Tensor | Mapping[str, Tensor]"]
+State = Mapping[str, Any]  # of tensors, or of such mappings
 
 PIECE_BYTES = 64 << 20  # a stored chunk is at most about this large, so that no reader ever needs a whole matrix
 
@@ -105,11 +105,15 @@ def dtype_from_name(name: str) -> torch.dtype:
 def flatten(state: State) -> dict[str, tuple[tuple[str, ...], Tensor]]:
     """Name -> (path, tensor): {"model": {"a.b": t}} gives {"model.a.b": (("model", "a.b"), t)}."""
     flat: dict[str, tuple[tuple[str, ...], Tensor]] = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            flat[key] = ((key,), value)
-        else:
-            flat.update({f"{key}.{name}": ((key, name), tensor) for name, tensor in value.items()})
+
+    def walk(node: State, above: tuple[str, ...], prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, Tensor):
+                flat[prefix + key] = ((*above, key), value)
+            else:
+                walk(value, (*above, key), f"{prefix}{key}.")
+
+    walk(state, (), "")
     return flat
 
 
@@ -133,10 +137,14 @@ def pieces_of(fqn: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Ite
     dtype: cast to it on the way out; None keeps the tensor's own.
     """
     local, box = local_part(tensor)
-    stored = dtype or tensor.dtype
+    yield from cut_pieces(fqn, tuple(tensor.shape), local, box, dtype or tensor.dtype)
+
+
+def cut_pieces(fqn: str, shape: tuple[int, ...], local: Tensor, box: Box, stored: torch.dtype) -> Iterator[Piece]:
+    """The same for numbers that are known to be this box of a tensor of this shape."""
     if box.volume == 0:
         return
-    shape, name = tuple(tensor.shape), dtype_name(stored)
+    name = dtype_name(stored)
     for cut in row_cuts(box, stored.itemsize):
         part = local if cut == box else local[cut.slices_in(box)]
         yield Piece(fqn, shape, cut.offsets, cut.sizes, name, _reader_of(part, stored), part)

@@ -73,10 +73,7 @@ def write_pieces(directory: Path, file_name: str, pieces: Iterable[Piece], throt
     try:
         for piece in pieces:
             out = out or BlockWriter(directory / file_name, throttle)  # no pieces, no file
-            stored = places.place(piece.fqn, piece.dtype, piece.box)
-            out.append(bytes(stored.offset - out.bytes))
-            _append_tensor(piece, out)
-            assert out.bytes == places.end, f"{piece.fqn} ends at byte {out.bytes}, {places.end} was planned"
+            append_piece(piece, places, out)
     except BaseException:
         if out is not None:
             out.abandon()
@@ -84,7 +81,10 @@ def write_pieces(directory: Path, file_name: str, pieces: Iterable[Piece], throt
     return Written(places.seal, out.close() if out is not None else {})
 
 
-def _append_tensor(piece: Piece, out: BlockWriter) -> None:
+def append_piece(piece: Piece, places: Places, out: BlockWriter) -> Stored:
+    """Write one piece to where its place is. Raises OSError."""
+    stored = places.place(piece.fqn, piece.dtype, piece.box)
+    out.append(bytes(stored.offset - out.bytes))
     tensor = piece.read()
     assert tuple(tensor.shape) == piece.sizes, f"{piece.fqn}: read {tuple(tensor.shape)}, planned {piece.sizes}"
     assert tensor.dtype == dtype_from_name(piece.dtype), f"{piece.fqn}: read {tensor.dtype}, planned {piece.dtype}"
@@ -92,3 +92,5 @@ def _append_tensor(piece: Piece, out: BlockWriter) -> None:
     # Kept by reference until it is written; a strided slice has to be copied together first.
     crc = out.append(bytes_of(tensor.contiguous()))
     out.append(archive.tail(tensor.dtype, piece.sizes, crc))
+    assert out.bytes == places.end, f"{piece.fqn} ends at byte {out.bytes}, {places.end} was planned"
+    return stored

@@ -1,0 +1,285 @@
+"""How does torch.distributed.checkpoint use the engine? A StorageWriter and a StorageReader for its save and load.
+
+    dcp.save(state, storage_writer=ReshardWriter("checkpoints/step-10"))
+    dcp.load(state, storage_reader=ReshardReader("checkpoints/step-10"))
+
+What is gained: a directory is committed whole or not at all, every byte has a checksum and is checked when it is read,
+large tensors are cut into chunks, and a rank reads only the rows that it needs. Planning stays torch's, and reads are
+not exchanged between ranks; `reshard.save` and `reshard.load` do both themselves.
+What torch's planner has pickled is stored as it comes, and unpickled by torch, not by us.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from reshard.checkpoint import archive
+from reshard.checkpoint.api import step_for
+from reshard.checkpoint.blocks import BlockWriter
+from reshard.checkpoint.commit import remove_temporary, temporary_directory
+from reshard.checkpoint.index import Chunk, Index
+from reshard.checkpoint.load import open_index
+from reshard.checkpoint.manifest import FileEntry, Manifest, TensorEntry
+from reshard.checkpoint.metadata import described
+from reshard.checkpoint.reader import Files, Job, read_jobs
+from reshard.checkpoint.save import About, finish_save
+from reshard.checkpoint.state import Box, bytes_of, cut_pieces, dtype_from_name, dtype_name
+from reshard.checkpoint.writer import Places, Stored, append_piece
+from reshard.errors import CheckpointError, NotACheckpoint
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What the coordinator tells a rank: where to write."""
+
+    temporary: Path
+    file: str
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a rank tells the coordinator of one item: where its pieces lie, or its pickled bytes; and its files."""
+
+    pieces: tuple[Stored, ...]
+    files: dict[str, FileEntry]
+    object: tuple[str, int, int] | None = None
+
+
+class ReshardWriter(StorageWriter):
+    """Writes one committed checkpoint directory for each dcp.save or dcp.async_save.
+
+    path: the directory; `checkpoint_id` of the call takes precedence. step: for the record, by default from a name like
+    `step-10`. An older checkpoint of the name is replaced when the new one is whole. A save that fails leaves a temporary
+    directory beside it, which the next save of that name removes: torch does not tell a writer of another rank's failure.
+    Raises (torch hands it on inside of a CheckpointException) CheckpointError for what cannot be stored, OSError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, step: int | None = None) -> None:
+        self._path = None if path is None else Path(path)
+        self._step = step
+        self._temporary = Path()  # known to the coordinator only
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Another directory."""
+        self._path = Path(checkpoint_id) if checkpoint_id else self._path
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to prepare; but a checkpoint is one thing, so all ranks must save it together."""
+        if not kwargs.get("use_collectives", True):
+            raise CheckpointError(
+                f"`{self._directory}` cannot be saved with use_collectives=False: ranks commit it together",
+                path=self._directory,
+            )
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """As it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Coordinator: make the temporary directory, and give each rank a file in it."""
+        step_for(self._directory, self._step)  # an error now, before anything is written
+        remove_temporary(self._directory)  # what an earlier save of this name has left, which failed
+        self._temporary = temporary_directory(self._directory, secrets.token_hex(8))
+        return [replace(p, storage_data=_Target(self._temporary, f"__{i}_0.distcp")) for i, p in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's items into its file; durable when the future is done, which it is on return."""
+        target: _Target = plan.storage_data
+        if not target.temporary.is_dir():
+            raise CheckpointError(
+                f"`{self._directory}` cannot be saved: this rank's plan is that of an earlier save",
+                path=self._directory,
+                hint="enable_plan_caching=False, or reshard.save, which keeps plans by what they are for",
+            )
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(self._write(target, plan.items, planner) if plan.items else [])
+        return done
+
+    def _write(self, target: _Target, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+        places = Places(target.file)
+        out = BlockWriter(target.temporary / target.file)
+        written: list[tuple[WriteItem, tuple[Stored, ...], tuple[str, int, int] | None]] = []
+        try:
+            # Tensors first: their places follow each other without regard to what else is in the file.
+            for item in sorted(items, key=lambda item: item.type == WriteItemType.BYTE_IO):
+                data = planner.resolve_data(item)
+                if isinstance(data, BytesIO):
+                    start = out.bytes
+                    out.append(data.getbuffer())
+                    written.append((item, (), (target.file, start, out.bytes - start)))
+                else:
+                    pieces = cut_pieces(item.index.fqn, *self._part(item, data))
+                    written.append((item, tuple(append_piece(piece, places, out) for piece in pieces), None))
+        except BaseException:
+            out.abandon()
+            raise
+        files = out.close()
+        return [
+            WriteResult(
+                item.index, sum(s.length for s in stored) or (place[2] if place else 0), _Result(stored, files, place)
+            )
+            for item, stored, place in written
+        ]
+
+    def _part(self, item: WriteItem, data: Tensor) -> tuple[tuple[int, ...], Tensor, Box, torch.dtype]:
+        """Whole shape, this item's numbers, where they lie, and their dtype."""
+        assert item.tensor_data is not None
+        if not archive.supported(data.dtype) or data.layout != torch.strided:
+            raise CheckpointError(
+                f"`{item.index.fqn}` cannot be stored: it is {data.layout} {dtype_name(data.dtype)}",
+                path=self._directory,
+            )
+        chunk = item.tensor_data.chunk
+        box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+        return tuple(item.tensor_data.size), data.detach(), box, data.dtype
+
+    def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
+        """Coordinator: write index and manifest, commit."""
+        told: list[tuple[str, _Result]] = [(r.index.fqn, r.storage_data) for of_rank in results for r in of_rank]
+        tensors = {
+            name: TensorEntry(tuple(entry.size), dtype_name(entry.properties.dtype))
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, dcp.TensorStorageMetadata)
+        }
+        finish_save(
+            self._temporary,
+            self._directory,
+            About(step=step_for(self._directory, self._step), kind="full", source={"kind": "dcp"}),
+            tensors,
+            metadata.planner_data or {},
+            [stored for _, result in told for stored in result.pieces],
+            {name: entry for _, result in told for name, entry in result.files.items()},
+            {name: result.object for name, result in told if result.object is not None},
+        )
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """A path of this machine's file systems."""
+        return "://" not in str(checkpoint_id)
+
+    def storage_meta(self) -> dcp.StorageMeta | None:
+        """For torch's own records."""
+        return dcp.StorageMeta(checkpoint_id=self._path)
+
+    @property
+    def _directory(self) -> Path:
+        return _given(self._path)
+
+
+class ReshardReader(StorageReader):
+    """Reads our checkpoints and other programs' DCP directories for dcp.load; no byte is used that was not checked.
+
+    path: the directory; `checkpoint_id` of the call takes precedence.
+    Raises (torch hands it on inside of a CheckpointException) CheckpointErrors and FormatErrors, naming file and tensor.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self._path = None if path is None else Path(path)
+        self._opened: tuple[Manifest | None, Index] | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """A new load begins."""
+        self._path = Path(checkpoint_id) if checkpoint_id else self._path
+        self._opened = None
+
+    def read_metadata(self, *args: Any, **ignored: Any) -> dcp.Metadata:
+        """The index as torch's planner wants it; read without running its pickle."""
+        self._opened = open_index(_given(self._path))
+        _, index = self._opened
+        entries: dict[str, Any] = {
+            name: described(TensorEntry(t.shape, t.dtype), [(chunk.offsets, chunk.sizes) for chunk in t.chunks])
+            for name, t in index.tensors.items()
+        }
+        entries |= {name: dcp.BytesStorageMetadata() for name in index.objects}
+        return dcp.Metadata(entries, planner_data=dict(index.paths))
+
+    def set_up_storage_reader(self, metadata: dcp.Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing: read_metadata was here before, on every rank."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """As it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """As they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what the plan wants into the planner's tensors; it is all there on return."""
+        directory = _given(self._path)
+        manifest, index = self._opened or open_index(directory)
+        jobs: list[Job] = []
+        targets: list[tuple[ReadItem, Tensor]] = []
+        with Files(directory, manifest) as files:
+            for item in plan.items:
+                if item.type == LoadItemType.BYTE_IO:
+                    job = _object(index, item)
+                    files.read_object(job)
+                    planner.load_bytes(item, BytesIO(bytes_of(job.target)))
+                else:
+                    target = planner.resolve_tensor(item).detach()
+                    targets.append((item, target))
+                    jobs.append(_job(index, item, target))
+        read_jobs(directory, manifest, jobs)
+        for item, target in targets:
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """A path of this machine's file systems."""
+        return "://" not in str(checkpoint_id)
+
+
+def _given(path: Path | None) -> Path:
+    if path is None:
+        raise NotACheckpoint("no checkpoint was named", hint="give a path, or checkpoint_id")
+    return path
+
+
+def _job(index: Index, item: ReadItem, target: Tensor) -> Job:
+    """The part of a stored chunk that torch's planner asks for."""
+    name = item.storage_index.fqn
+    at = _chunk(index, item)
+    chunk = Box(at.offsets, at.sizes)
+    starts = tuple(o + s for o, s in zip(chunk.offsets, item.storage_offsets, strict=True))
+    part = Box(starts, tuple(item.lengths))
+    return Job(name, at.file, at.offset, at.length, dtype_from_name(index.tensors[name].dtype), chunk, part, target)
+
+
+def _chunk(index: Index, item: ReadItem) -> Chunk:
+    chunks, number = index.tensors[item.storage_index.fqn].chunks, item.storage_index.index
+    offset = tuple(item.storage_index.offset or ())
+    if number is not None and number < len(chunks) and chunks[number].offsets == offset:
+        return chunks[number]
+    return next(chunk for chunk in chunks if chunk.offsets == offset)
+
+
+def _object(index: Index, item: ReadItem) -> Job:
+    file, offset, length = index.objects[item.storage_index.fqn]
+    whole = Box((0,), (length,))
+    room = torch.empty(length, dtype=torch.uint8)
+    return Job(item.storage_index.fqn, file, offset, length, torch.uint8, whole, whole, room)

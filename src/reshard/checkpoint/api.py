@@ -1,0 +1,305 @@
+"""How does any training loop save and load with the engine? `reshard.save` and `reshard.load`, for nested state dicts.
+
+    model_state, optimizer_state = get_state_dict(model, optimizer)          # torch.distributed.checkpoint.state_dict
+    reshard.save("checkpoints/step-10", {"model": model_state, "optimizer": optimizer_state, "step": 10})
+
+Tensors and DTensors are stored as in every checkpoint of ours, and load onto any other layout. Numbers, strings and
+lists of them are stored as JSON in one more tensor: nothing is ever pickled, and opening a checkpoint runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import cache, partial
+from operator import setitem
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor  # private: what FSDP1 leaves; torch 2.13.0
+
+from reshard.checkpoint import archive
+from reshard.checkpoint.layout import entries, step_of
+from reshard.checkpoint.load import load as load_tensors
+from reshard.checkpoint.load import open_index
+from reshard.checkpoint.manifest import crc32_hex
+from reshard.checkpoint.ranks import Ranks
+from reshard.checkpoint.reader import read_objects
+from reshard.checkpoint.save import About
+from reshard.checkpoint.save import save as save_state
+from reshard.checkpoint.saver import Saver
+from reshard.checkpoint.state import State, bytes_of, dtype_name
+from reshard.errors import CheckpointError, TensorMismatch
+
+VALUES = "reshard.values"  # the tensor that holds what is no tensor: JSON in UTF-8, one number for each byte
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def save(
+    path: str | os.PathLike[str],
+    state_dict: Mapping[str, Any],
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    step: int | None = None,
+) -> None:
+    """Save a nested state dict as one committed checkpoint directory. Every rank calls it, with its part.
+
+    state_dict: dicts and lists, with tensors, DTensors, numbers, strings, booleans and None at the ends. A plain tensor
+    or a value is taken to be the same on every rank that has it. process_group: of the ranks that save together, able to
+    move CPU tensors; None takes all ranks, or this process alone where torch.distributed is not initialised.
+    step: for the record; None takes it from a name like `step-10`.
+    An older checkpoint of this name is replaced only when the new one is whole.
+    Raises CheckpointError on every rank, and then nothing is left of this save: for what cannot be stored, for values on
+    which ranks disagree, for a disk that refuses.
+    """
+    directory, ranks = Path(path), _ranks(process_group)
+    save_state(directory, _state(directory, state_dict, ranks), _about(directory, step), ranks)
+
+
+def load(
+    path: str | os.PathLike[str],
+    state_dict: MutableMapping[str, Any],
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    cast: bool = False,
+) -> None:
+    """Fill a nested state dict in place from a checkpoint, saved on this or any other layout. Every rank calls it.
+
+    Each of its tensors is overwritten and each of its values replaced; what else the checkpoint holds is left alone.
+    cast: convert numbers to the dtypes in state_dict, instead of refusing. DCP directories of other programs will do.
+    Raises on every rank: TensorMismatch before anything is touched, where names, shapes or dtypes do not fit;
+    IntegrityError where a byte is not what was written; StorageError; CheckpointError for what load cannot fill.
+    """
+    directory, ranks = Path(path), _ranks(process_group)
+    stored = ranks.on_first(lambda: _stored_values(directory))
+    tensors: dict[str, Tensor] = {}
+    values: list[_Leaf] = []
+
+    def look() -> None:
+        for leaf in _leaves(directory, state_dict):
+            if isinstance(leaf.value, Tensor):
+                tensors[leaf.name] = leaf.value
+            else:
+                values.append(leaf)
+        missing = [leaf.name for leaf in values if leaf.name not in stored]
+        if missing:
+            raise TensorMismatch(f"checkpoint `{directory}` lacks values", path=directory, missing=missing)
+
+    ranks.everywhere(look)
+    load_tensors(directory, tensors, ranks, cast=cast)
+    for leaf in values:
+        leaf.put(_like(leaf.value, stored[leaf.name]))
+
+
+def newest(folder: str | os.PathLike[str], *, process_group: dist.ProcessGroup | None = None) -> Path | None:
+    """The checkpoint of a folder, among those named `step-N`, that was saved last; None where there is none.
+
+    Every rank calls it, and gets the answer of the first. Torn and damaged ones are passed over, as far as file names
+    and sizes show it. Raises StorageError.
+    """
+
+    def look() -> Path | None:
+        committed = [entry.path for entry in entries(Path(folder)) if entry.committed]
+        return committed[-1] if committed else None
+
+    return _ranks(process_group).on_first(look)
+
+
+class AsyncSaver:
+    """Saves while training goes on. Use it as a context, the same way on all ranks: leaving it waits for the last save.
+
+        with reshard.AsyncSaver() as saver:
+            for step in ...:
+                ...
+                saver.save(f"checkpoints/step-{step}", state)       # returns as soon as the state is copied
+
+    One save is in flight at a time: the next one waits for it, and raises what it has failed with.
+    process_group: as `save`. write_limit_mb_s: of each rank, so that writing leaves the disk and the cores to training.
+    """
+
+    def __init__(self, *, process_group: dist.ProcessGroup | None = None, write_limit_mb_s: float = 0) -> None:
+        self._ranks = _ranks(process_group)
+        background = Ranks()
+        if self._ranks.size > 1:
+            members = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+            background = Ranks(dist.new_group(members, backend="gloo", use_local_synchronization=True))
+        self._saver = Saver(self._ranks, background, write_limit_mb_s * 1e6)
+
+    def save(self, path: str | os.PathLike[str], state_dict: Mapping[str, Any], *, step: int | None = None) -> None:
+        """Begin to save; arguments and errors as `reshard.save`, those of writing are raised by the next call."""
+        directory = Path(path)
+        self._saver.start(directory, _state(directory, state_dict, self._ranks), _about(directory, step))
+
+    def wait(self) -> None:
+        """Until nothing is in flight. Raises what the save has failed with."""
+        self._saver.collect()
+
+    def __enter__(self) -> AsyncSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._saver.__exit__(kind, error, at)
+
+
+# -- a nested state dict, and what is at its ends
+
+
+class _Leaf(NamedTuple):
+    path: tuple[str, ...]
+    value: Any
+    put: Callable[[Any], None]  # puts another value into its place
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.path)
+
+
+def _leaves(directory: Path, state_dict: Mapping[str, Any]) -> Iterator[_Leaf]:
+    """Every tensor and value. Raises CheckpointError for what cannot be stored."""
+    names: set[str] = set()
+    for leaf in _walk(state_dict, ()):
+        problem = None
+        if isinstance(leaf.value, Tensor):
+            problem = _problem_of(leaf.value)
+        elif not _is_plain(leaf.value):
+            problem = f"a {type(leaf.value).__name__}, expected a tensor, a number, a string, or a list or dict of them"
+        if leaf.name in names or leaf.name == VALUES:
+            problem = "another part of the state dict, or ours, which has the same name"
+        if problem:
+            raise CheckpointError(
+                f"`{leaf.name}` cannot be a part of checkpoint `{directory}`: it is {problem}", path=directory
+            )
+        names.add(leaf.name)
+        yield leaf
+
+
+def _walk(node: Any, path: tuple[str, ...]) -> Iterator[_Leaf]:
+    for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+        here = (*path, str(key))
+        if isinstance(value, Mapping) or (isinstance(value, list) and not _is_plain(value)):
+            yield from _walk(value, here)
+        else:
+            yield _Leaf(here, value, partial(setitem, node, key))
+
+
+def _is_plain(value: Any) -> bool:
+    """A number or a string, or nothing but such in lists: one value, as DCP has it, too."""
+    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, _PLAIN)
+
+
+def _problem_of(tensor: Tensor) -> str | None:
+    if isinstance(tensor, ShardedTensor):
+        return "a ShardedTensor, expected DTensors (FSDP2)"
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return f"a tensor without numbers of its own ({tensor.layout}, {tensor.device})"
+    if not archive.supported(tensor.dtype):
+        return f"of dtype {dtype_name(tensor.dtype)}, which cannot be stored"
+    return None
+
+
+def _state(directory: Path, state_dict: Mapping[str, Any], ranks: Ranks) -> State:
+    """The tensors, nested as they came, and all ranks' values in one more. Collective."""
+    leaves: list[_Leaf] = []
+
+    def look() -> str:
+        leaves.extend(_leaves(directory, state_dict))
+        return crc32_hex(json.dumps(_values(leaves)).encode())
+
+    alike = len(set(ranks.everywhere(look))) == 1
+    values = _values(leaves) if alike else _merged(directory, ranks.everywhere(lambda: _values(leaves)))
+    state: dict[str, Any] = {}
+    for leaf in leaves:
+        if isinstance(leaf.value, Tensor):
+            node = state
+            for key in leaf.path[:-1]:
+                node = node.setdefault(key, {})
+            node[leaf.path[-1]] = leaf.value
+    if values:
+        state[VALUES] = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
+    return state
+
+
+def _values(leaves: list[_Leaf]) -> dict[str, Any]:
+    return {leaf.name: leaf.value for leaf in leaves if not isinstance(leaf.value, Tensor)}
+
+
+def _merged(directory: Path, of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """One set of values. Raises CheckpointError for those that are not the same on all ranks that have them."""
+    merged: dict[str, Any] = {}
+    for rank, values in enumerate(of_ranks):
+        for name, value in values.items():
+            if json.dumps(merged.setdefault(name, value)) != json.dumps(value):
+                raise CheckpointError(
+                    f"`{name}` in checkpoint `{directory}` would be {value!r} by rank {rank} and {merged[name]!r} by "
+                    "another: a value has to be the same on all ranks",
+                    path=directory,
+                    hint="give each rank's value a name of its own, or make it a DTensor with a part on each rank",
+                )
+    return merged
+
+
+def _stored_values(directory: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors; of a foreign one, what its pickles say that is plain."""
+    manifest, index = open_index(directory)
+    if VALUES in index.tensors:
+        text = torch.empty(index.tensors[VALUES].shape, dtype=torch.uint8)
+        load_tensors(directory, {VALUES: text}, Ranks())
+        values: dict[str, Any] = json.loads(bytes(bytes_of(text)))
+        return values
+    if manifest is not None:
+        return {}
+    return {name: value for name, value in read_objects(directory, index).items() if _is_plain(value)}
+
+
+def _like(old: Any, new: Any) -> Any:
+    """The new value, with tuples where the old one has them: JSON knows only lists."""
+    if isinstance(new, list):
+        olds = old if isinstance(old, list | tuple) and len(old) == len(new) else [None] * len(new)
+        items = [_like(o, n) for o, n in zip(olds, new, strict=True)]
+        return tuple(items) if isinstance(old, tuple) else items
+    return new
+
+
+def _about(directory: Path, step: int | None) -> About:
+    return About(step=step_for(directory, step), kind="full", source={"kind": "api"})
+
+
+def step_for(directory: Path, step: int | None) -> int:
+    """The step to record: the one given, that of a name like `step-10`, or 0. Raises CheckpointError where they differ."""
+    named = step_of(directory)
+    if step is not None and named not in (None, step):
+        raise CheckpointError(
+            f"`{directory}` would hold step {step}, expected {named} by its name",
+            path=directory,
+            hint="leave step away, or choose another name",
+        )
+    return step if step is not None else named or 0
+
+
+# -- which ranks
+
+
+def _ranks(group: dist.ProcessGroup | None) -> Ranks:
+    """The ranks of a group; None: all, or this process alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks()
+    group = group or _world()
+    return Ranks(group) if group.size() > 1 else Ranks()
+
+
+def _world() -> dist.ProcessGroup:
+    """All ranks, on a group that moves CPU tensors: the default one, or where that does not, one more."""
+    world = dist.group.WORLD
+    assert world is not None
+    return world if "cpu:" in dist.get_backend_config() else _on_cpu(world)
+
+
+@cache
+def _on_cpu(_world: dist.ProcessGroup) -> dist.ProcessGroup:
+    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    return group
