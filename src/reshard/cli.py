@@ -463,7 +463,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _leave(code: int) -> None:
-    """End this process with an exit code.
+    """End this process with an exit code; 0 just returns, for who called us from Python.
 
     Where it has met other ranks, without Python's own end: gloo's threads take the GIL to let go of the last tensors,
     and a thread that asks for it then ends the process by SIGABRT, after all has been done well (pytorch#179291).
@@ -473,7 +473,8 @@ def _leave(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
+    if code:
+        sys.exit(code)
 
 
 def _fail(error: ReshardError) -> int:
