@@ -47,7 +47,7 @@ def train(folder: Path) -> None:
             if step % EVERY == 0:
                 saver.save(folder / f"step-{step}", state())
             if dist.get_rank() == 0:
-                print(f"step {step} loss {loss.item():.4f}", flush=True)  # noqa: T201
+                print(f"step {step} loss {loss.item():.4f}", flush=True)
 
 
 if __name__ == "__main__":

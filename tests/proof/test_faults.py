@@ -12,24 +12,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from faults import campaign, crash, damage, states, stories
+from faults import campaign, crash, states, stories
 from faults.campaign import DIED, HARMLESS, REFUSED, UNSAID, WRONG, Tally
 from faults.crash import traced
 from faults.damage import Fault
 from faults.kills import saved_steps
 from faults.loading import load_ours, load_plain, our_digest, plain_bits, plain_digest, start_ours
 from faults.runs import TINIER, TINY, Ended, Workshop, train_words, workshop
+from faults.saved import Saved, save_two_steps
 from faults.states import Report, Story
 from reshard.train.metrics import last_of_each_step, read_journal
-
-FLIPS, OTHERS = 44, 8  # of each kind, for each file and region: some 2,500 faults
 
 
 @pytest.fixture(scope="module")
@@ -48,30 +46,9 @@ def tracing() -> None:
 # -- bytes ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Saved:
-    """Two steps of a run of four ranks with optimizer, saved by us and by plain torch."""
-
-    ours: Path
-    plain: Path
-
-    def faults(self, folder: Path) -> list[Fault]:
-        return list(damage.faults(folder / "step-2", folder / "step-1", flips=FLIPS, others=OTHERS))
-
-
 @pytest.fixture(scope="module")
 def saved(shop: Workshop) -> Saved:
-    place = shop.folder("saved")
-    ended = shop.runs.run(train_words(place / "ours", shop.text, steps=2, interval=1), world=4)
-    assert ended.code == 0, ended.err[0]
-    (place / "plain").mkdir()
-    ours = place / "ours/checkpoint"
-    ended = shop.runs.run(
-        world=4, call="faults.onranks:save_plainly", sources=[str(ours / "step-1"), str(ours / "step-2")],
-        folder=str(place / "plain"), steps=[1, 2],
-    )  # fmt: skip
-    assert ended.code == 0, ended.err[0]
-    return Saved(ours, place / "plain/checkpoint")
+    return save_two_steps(shop)
 
 
 def said_the_file(tally: Tally, faults: list[Fault]) -> None:
