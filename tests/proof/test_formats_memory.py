@@ -73,8 +73,8 @@ WAYS = {
     "meta in 4": (["--to", "meta", "--shards", "4"], 128, 100),
     "pt": (["--to", "torch"], 128, 100),
     "one worker": (["--to", "hf", "--workers", "1"], 64, 64),
-    "dcp": (["--to", "dcp"], 512, 350),
-    "dcp, cast": (["--to", "dcp", "--dtype", "float32"], 512, 370),
+    "dcp": (["--to", "dcp"], 512, 300),
+    "dcp, cast": (["--to", "dcp", "--dtype", "float32"], 512, 300),
     "dcp, little": (["--to", "dcp"], 256, 256),
 }
 

@@ -92,5 +92,7 @@ def append_piece(piece: Piece, places: Places, out: BlockWriter) -> Stored:
     # Kept by reference until it is written; a strided slice has to be copied together first.
     crc = out.append(bytes_of(tensor.contiguous()))
     out.append(archive.tail(tensor.dtype, piece.sizes, crc))
+    if piece.part is None and piece.nbytes >= ALIGNED_BYTES:
+        out.flush()  # what waits to be written would keep all of this piece in memory while the next one is read
     assert out.bytes == places.end, f"{piece.fqn} ends at byte {out.bytes}, {places.end} was planned"
     return stored
