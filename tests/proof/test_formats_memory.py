@@ -92,7 +92,9 @@ def test_anonymous_memory_is_what_was_given(tmp_path, way):
 
 
 class Window:
-    """An OpenFile that keeps the first and the last gigabyte of what is written, in a file with holes."""
+    """An OpenFile that keeps the first and the last gigabyte of what is written, in a file with holes; and of the rest what
+    is small: the archive's own structure.
+    """
 
     def __init__(self, path, nbytes):
         self.nbytes, self.bytes, self.lock = nbytes, 0, threading.Lock()
@@ -103,7 +105,7 @@ class Window:
         view = np.frombuffer(data, np.uint8)
         with self.lock:
             self.bytes += len(view)
-        if offset < 1 << 30 or offset + len(view) > self.nbytes - (1 << 30):
+        if len(view) < 1 << 16 or offset < 1 << 30 or offset + len(view) > self.nbytes - (1 << 30):
             for at in range(0, len(view), 1 << 20):
                 part = view[at : at + (1 << 20)]
                 if part.any():
