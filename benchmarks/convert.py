@@ -2,6 +2,7 @@
 
     python benchmarks/convert.py                        300 MB, 3 rounds, in 1 and 8 shards
     python benchmarks/convert.py --size 1B --rounds 5   2.5 GB; --size 8B: an 8B's width, 5.6 GB
+    ... --transformers venv/bin/python                  the converter of transformers 4.46.3 (5.x has none), with accelerate
 
 The source is synthetic (Meta's files, bfloat16) and warm in the page cache before each run. All times end when the
 bytes are on the disk: ours fsync by themselves, `sync FILE...` follows the others. Contestants run as commands of their
@@ -51,6 +52,12 @@ IMPORTS = {
     "start-up with torch": "import reshard.cli, reshard.commands.convert, reshard.checkpoint.save",
     "start-up of torch's DCP": "import torch.distributed.checkpoint.format_utils",
 }
+_CONVERTER = "transformers.models.llama.convert_llama_weights_to_hf"
+# Its own command asks for a tokenizer, which these files have none of; this is the function that it calls.
+TRANSFORMERS = (
+    f"import sys, json, {_CONVERTER} as c; p = json.load(open(sys.argv[1] + '/params.json')); "
+    "c.write_model(sys.argv[2], sys.argv[1], llama_version='3.2', vocab_size=p['vocab_size'], num_shards=int(sys.argv[3]))"
+)
 
 
 @dataclass(frozen=True)
@@ -143,21 +150,35 @@ def _field(path: str, name: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(name))
 
 
-def contestants(meta: Path, dcp: Path, out: Path) -> dict[str, tuple[list[str | Path], Path, list[Path]]]:
+def contestants(
+    meta: Path, dcp: Path, out: Path, shards: int, transformers: Path | None
+) -> dict[str, tuple[list[str | Path], Path, list[Path]]]:
     """Name -> (command, what it reads, what has to be synced). Each writes `out`, which is removed afterwards."""
     convert = [sys.executable, "-m", "reshard", "convert"]
     to_torch = [sys.executable, "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch", dcp, out]
     start_up: dict[str, tuple[list[str | Path], Path, list[Path]]] = {
         name: ([sys.executable, "-c", code], meta, []) for name, code in IMPORTS.items()
     }
-    return start_up | {
-        "cp of Meta's files": (["cp", "-r", meta, out], meta, [out]),
-        "reshard Meta -> DCP": ([*convert, meta, out, "--to", "dcp"], meta, []),
-        "reshard Meta -> Hugging Face": ([*convert, meta, out, "--to", "hf"], meta, []),
-        "cp of the DCP directory": (["cp", "-r", dcp, out], dcp, [out]),
-        "reshard DCP -> .pt": ([*convert, dcp, out, "--to", "torch"], dcp, []),
-        "torch's dcp_to_torch": (to_torch, dcp, [out]),
-    }
+    peer: dict[str, tuple[list[str | Path], Path, list[Path]]] = {}
+    if transformers is not None:
+        start_up["start-up of transformers"] = ([transformers, "-c", f"import {_CONVERTER}"], meta, [])
+        peer["transformers' Meta -> Hugging Face"] = (
+            [transformers, "-c", TRANSFORMERS, meta, out, str(shards)],
+            meta,
+            [out],
+        )
+    return (
+        start_up
+        | {
+            "cp of Meta's files": (["cp", "-r", meta, out], meta, [out]),
+            "reshard Meta -> DCP": ([*convert, meta, out, "--to", "dcp"], meta, []),
+            "reshard Meta -> Hugging Face": ([*convert, meta, out, "--to", "hf"], meta, []),
+            "cp of the DCP directory": (["cp", "-r", dcp, out], dcp, [out]),
+            "reshard DCP -> .pt": ([*convert, dcp, out, "--to", "torch"], dcp, []),
+            "torch's dcp_to_torch": (to_torch, dcp, [out]),
+        }
+        | peer
+    )
 
 
 def main() -> None:
@@ -167,6 +188,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the files go; default: a new one in the checkout")
+    parser.add_argument("--transformers", type=Path, help="a Python that has transformers 4.46.3 and accelerate")
     options = parser.parse_args()
     spec = SIZES[options.size]
     folder = Path(tempfile.mkdtemp(prefix=".benchmark-convert-", dir=options.folder or PROJECT))
@@ -176,19 +198,19 @@ def main() -> None:
             f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
         ]
         for shards in options.shards:
-            lines += ["", *table(folder, spec, shards, options.rounds)]
+            lines += ["", *table(folder, spec, shards, options.rounds, options.transformers)]
         print("\n".join(lines))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def table(folder: Path, spec: LlamaSpec, shards: int, rounds: int) -> list[str]:
+def table(folder: Path, spec: LlamaSpec, shards: int, rounds: int, transformers: Path | None) -> list[str]:
     """Every contestant in every round."""
     meta, dcp, out = make_source(folder, spec, shards), folder / "dcp", folder / "out"
     measure([sys.executable, "-m", "reshard", "convert", meta, dcp])
     runs: dict[str, list[Run]] = {}
     failed: dict[str, str] = {}
-    ways = contestants(meta, dcp, out)
+    ways = contestants(meta, dcp, out, shards, transformers)
     names = list(ways)
     for number in range(rounds):
         turn = number * 3 % len(names)
@@ -219,12 +241,14 @@ def table(folder: Path, spec: LlamaSpec, shards: int, rounds: int) -> list[str]:
         limit = statistics.median(
             run.wall_s for run in runs["cp of the DCP directory" if of_dcp else "cp of Meta's files"]
         )
-        if name in IMPORTS:
+        if name.startswith("start-up"):
             lines.append(
                 f"| {name} | {middle['wall_s']:.2f} | | | {middle['cpu_s']:.2f} | {middle['anonymous_mib']:.0f} | | |"
             )
             continue
         start_up = "start-up of torch's DCP" if name.startswith("torch") else ""
+        if name.startswith("transformers"):
+            start_up = "start-up of transformers"
         if name.startswith("reshard"):
             start_up = "start-up with torch" if "-> DCP" in name else "start-up without torch"
         beyond = middle["wall_s"] - (statistics.median(run.wall_s for run in runs[start_up]) if start_up else 0.0)
