@@ -66,6 +66,10 @@ class LayoutError(ReshardError):
     """The degrees do not fit the world size, the model or the batch."""
 
 
+class RankLost(ReshardError):
+    """Another rank has ended, and this one waited for it: not the first failure."""
+
+
 class DataError(ReshardError):
     """Text, a tokenizer or a token cache cannot be used as asked."""
 

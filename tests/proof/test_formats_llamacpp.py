@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".venv-llamacpp"
 PIN = "node-llama-cpp@3.22.1"
 GENERATED = 32
+END = 511  # the last token of the vocabulary
 SIZES = {"dim": 256, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 512, "vocab_size": 512}
 CASES = {
     "plain, bfloat16": (LlamaSpec(**SIZES), "bfloat16"),
@@ -64,7 +65,7 @@ def llama_cpp():
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """A byte-level BPE of 512 tokens, trained on our own README, as a run of ours would have it."""
+    """A byte-level BPE of 512 tokens, trained on our licence (a text that stays), as a run of ours would have it."""
     from reshard.formats.tokenizer_json import LLAMA3_SPLIT, tokenizer_json
 
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -73,7 +74,7 @@ def tokenizer(tmp_path_factory):
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=510, initial_alphabet=alphabet, show_progress=False)
-    inner.train_from_iterator([(ROOT / "README.md").read_text()], trainer)
+    inner.train_from_iterator([(ROOT / "LICENSE").read_text()], trainer)
     model = json.loads(inner.to_str())["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     special = [(510, "<|begin_of_text|>", True), (511, "<|end_of_text|>", True)]
@@ -83,7 +84,7 @@ def tokenizer(tmp_path_factory):
 
 
 def make_weights(spec):
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(11)  # whose choices of tokens are clear for 22 tokens and more
     weights = {}
     for name, shape in parameter_shapes(spec).items():
         values = torch.randn(shape, generator=generator)
@@ -132,12 +133,12 @@ def test_same_tokens_and_same_continuation(llama_cpp, tokenizer, tmp_path, case)
     theirs = json.loads(done.stdout.splitlines()[-1])
     inner = tokenizers.Tokenizer.from_file(str(tokenizer))
     assert theirs["tokens"] == inner.encode(PROMPT).ids
-    assert theirs["eos"] == 511
+    assert theirs["eos"] == END
     ours, margins = greedy(spec, weights, theirs["tokens"])
     # llama.cpp's sums are of another order and its activations partly of another dtype: where two tokens are almost as
-    # likely, either may win. Up to there, everything is equal.
-    sure = next((i for i, margin in enumerate(margins) if margin < 0.01), GENERATED)
-    assert sure >= 8
+    # likely, either may win. Up to there, everything is equal; and it ends where the text does.
+    sure = next((i for i, margin in enumerate(margins) if margin < 0.03 or ours[i] == END), GENERATED)
+    assert sure >= 16
     assert theirs["generated"][:sure] == ours[:sure]
 
 

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from reshard.config import Comm
-from reshard.errors import LayoutError, ReshardError
+from reshard.errors import LayoutError, RankLost
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ def join(place: Place, comm: Comm, *, need_group: bool, sequences: list[list[int
     """Meet the other ranks, and leave them at the end. NCCL on CUDA (not yet run on a GPU), gloo on CPU.
 
     sequences: the ranks that share each sequence, all of them. need_group: make a process group even for a single rank
-    (FSDP's mixed precision wants one). Where another rank ends in the midst of it, what waited for it is a ReshardError.
+    (FSDP's mixed precision wants one). Where another rank ends in the midst of it, what waited for it is a RankLost.
     """
     import torch
     import torch.distributed as dist
@@ -121,9 +121,9 @@ def join(place: Place, comm: Comm, *, need_group: bool, sequences: list[list[int
         control, background = (dist.new_group(backend="gloo", timeout=patience) for _ in range(2))
         yield World(place, device, control, background, _sequence_group(place, sequences))
     except RuntimeError as error:
-        if any(words in str(error) for words in _PEER_IS_GONE):  # its own traceback says what was wrong, not ours
-            raise ReshardError(
-                f"another rank has ended: {str(error).partition('] ')[2].partition('. ')[0] or error}",
+        if (said := _peer_is_gone(error)) is not None:  # its own traceback says what was wrong, not ours
+            raise RankLost(
+                f"another rank has ended: {said.partition('] ')[2].partition('. ')[0] or said}",
                 hint="the first failure in the launcher's summary is the reason; started again, the run resumes from "
                 "its newest checkpoint",
                 rank_local=True,
@@ -131,6 +131,13 @@ def join(place: Place, comm: Comm, *, need_group: bool, sequences: list[list[int
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _peer_is_gone(error: BaseException | None) -> str | None:
+    """What gloo said of a peer that has ended, if that is what the error is about. A pipeline's stage wraps it once more."""
+    while error is not None and not any(words in str(error) for words in _PEER_IS_GONE):
+        error = error.__cause__
+    return None if error is None else str(error)
 
 
 def set_timeouts(comm: Comm, groups: list[dist.ProcessGroup]) -> None:
