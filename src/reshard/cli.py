@@ -18,7 +18,7 @@ from typing import Literal
 import click
 
 from reshard.config import Config, config_to_toml, load_config, sections
-from reshard.errors import ReshardError, listed
+from reshard.errors import RankLost, ReshardError, listed
 
 logger = logging.getLogger("reshard")
 
@@ -157,12 +157,16 @@ def generate(
 @cli.command(context_settings=_KEYS)
 @_ARGUMENTS
 @click.option("--world-size", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks to plan for.")
+@click.option(
+    "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
+    help="Of the ranks: on cuda, forward and backward are in bfloat16 unless the config says otherwise.",
+)  # fmt: skip
 @_JSON
-def plan(arguments: Sequence[str], world_size: int, as_json: bool) -> None:
+def plan(arguments: Sequence[str], world_size: int, device: str, as_json: bool) -> None:
     """Who would hold what on N ranks, without them: mesh, memory of each rank, checkpoint size."""
     from reshard.commands.plan import run, table
 
-    report = run(_config(arguments), world_size)
+    report = run(_config(arguments), world_size, device)
     click.echo(json.dumps(report) if as_json else "\n".join(table(report)))
 
 
@@ -235,30 +239,35 @@ def evaluate(
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor with shape, dtype and bytes.")
+@click.option("--tensor", "name", metavar="NAME", help="One tensor: where it lies, its statistics and a histogram.")
+@click.option("--tree", "as_tree", is_flag=True, help="The tensors' names as a tree, with sizes.")
 @_JSON
 @click.option("--model", help="What it is, where it does not say: FLAVOR, NAME/FLAVOR, a params.json or config.json.")
-def inspect(path: Path, tensors: bool, as_json: bool, model: str | None) -> None:
+def inspect(path: Path, tensors: bool, name: str | None, as_tree: bool, as_json: bool, model: str | None) -> None:
     """What is in it? A checkpoint, a folder of them, or a model in any format: its origin, sizes and tensors."""
-    from reshard.commands.inspect import is_ours, run, text
+    from reshard.commands.inspect import answer
 
-    if path.exists() and not is_ours(path):
-        _inspect_foreign(path, model, as_json)
-        return
-    report = run(path)
-    if as_json:
-        click.echo(json.dumps(report))
-        return
-    click.echo("\n".join(text(report)))
-    for name, tensor in report.get("tensors", {}).items() if tensors else ():
-        click.echo(f"{name:60} {tensor['dtype']:9} {tensor['shape']!s:18} {tensor['bytes']:>14,}")
+    report, lines = answer(path, model=model, tensor=name, tree=as_tree, tensors=tensors)
+    click.echo(json.dumps(report) if as_json else "\n".join(lines))
 
 
-def _inspect_foreign(path: Path, model: str | None, as_json: bool) -> None:
-    from reshard.commands.sources import open_source
-    from reshard.formats.describe import describe, text
+@cli.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="The HTML file to write. Default: report.html in RUN_DIR."
+)
+@click.option("--png", is_flag=True, help="Also write each curve as a PNG file beside it.")
+@click.option("--verify", "verifying", is_flag=True, help="Read every byte of every checkpoint, and report the times.")
+@_JSON
+def report(run_dir: Path, output: Path | None, png: bool, verifying: bool, as_json: bool) -> None:
+    """How did the run go? RUN_DIR (its dump folder) as one HTML page: curves, layouts, checkpoints, exports."""
+    from reshard.commands.report import bytes_to_verify, run
+    from reshard.progress import progress_bar
 
-    report = describe(open_source(path, model=model))
-    click.echo(json.dumps(report) if as_json else "\n".join(text(report)))
+    total = bytes_to_verify(run_dir) if verifying else None
+    with progress_bar("verify", total, shown=verifying) as advance:
+        written = run(run_dir, output, png=png, verify=verifying, advance=advance)
+    click.echo(json.dumps([str(path) for path in written]) if as_json else "\n".join(map(str, written)))
 
 
 @cli.command()
@@ -482,6 +491,10 @@ def _fail(error: ReshardError) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0 or error.rank_local:
         click.echo(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", err=True)
+        if isinstance(error, RankLost):
+            # torchrun looks at its workers every 0.1 s, and calls the lowest of those that it finds dead the root cause:
+            # who only followed another rank has to outlive that look.
+            time.sleep(1)
     else:
         # torchrun ends all ranks when the first one exits: leave rank 0 the time to speak.
         time.sleep(3)

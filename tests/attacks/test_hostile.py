@@ -310,6 +310,14 @@ def _in_a_meta_directory(place: Place) -> Path:
     return directory
 
 
+def _in_a_run(place: Place) -> Path:
+    run = place.work / "seen"
+    (run / "checkpoint").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (run / "checkpoint/step-3").symlink_to(place.path)
+    return run
+
+
 # verb -> the commands that open a DCP directory, and those that open a .pth. Each must refuse.
 VERBS: dict[str, tuple[Callable[[Place], list[str]] | None, Callable[[Place], list[str]] | None]] = {
     "verify": (lambda p: ["verify", str(p.path)], lambda p: ["verify", str(p.path)]),
@@ -335,6 +343,8 @@ VERBS: dict[str, tuple[Callable[[Place], list[str]] | None, Callable[[Place], li
 # These show what a file says of itself and may do so; they run nothing either.
 SHOWING: dict[str, Callable[[Place], list[str]]] = {
     "inspect": lambda p: ["inspect", str(p.path), *p.model],
+    "inspect a tensor": lambda p: ["inspect", str(p.path), "--tensor", VICTIM, *p.model],
+    "report": lambda p: ["report", str(_in_a_run(p)), "--verify"],
     "verify files": lambda p: ["verify", str(p.path), "--level", "files"],
 }
 

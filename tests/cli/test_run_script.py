@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,15 @@ DEBUG = "train_configs/debug_model.toml"
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def free_port() -> str:
+    """One that no outgoing connection can take before it is bound: the kernel hands out those from 32768 on."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
 
 
 @pytest.mark.slow
@@ -111,9 +122,6 @@ def test_the_slurm_script_on_one_node(shell: Any, tiny: str, tmp_path: Path, pro
     for name, body in (("srun", 'shift\nexec "$@"'), ("scontrol", "echo localhost")):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     words = f"{DEBUG} {tiny} --checkpoint.enable_checkpoint --job.dump_folder {tmp_path}/run"
     given = {
         "SLURM_NNODES": "1",
@@ -121,7 +129,7 @@ def test_the_slurm_script_on_one_node(shell: Any, tiny: str, tmp_path: Path, pro
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_GPUS_ON_NODE": "h100:2",
     }
-    given |= {"SLURM_SUBMIT_DIR": str(project), "MASTER_PORT": port}
+    given |= {"SLURM_SUBMIT_DIR": str(project), "MASTER_PORT": free_port()}
     script = f"cp scripts/slurm_train.sh {tmp_path}/slurm_script && PATH={tmp_path}:$PATH {tmp_path}/slurm_script"
     done = shell(f"{script} {words}", cwd=project, **given)
     assert done.code == 0, done.err
@@ -132,3 +140,41 @@ def test_the_slurm_script_on_one_node(shell: Any, tiny: str, tmp_path: Path, pro
     refused = shell(f"{script} {words} --training.tensor_parallel_degree 3", cwd=project, **given)
     assert refused.code == 2
     assert "2 ranks do not divide by the fixed degrees" in refused.sentence
+
+
+@pytest.mark.slow
+def test_two_nodes_without_a_scheduler(shell: Any, tiny: str, tmp_path: Path, project: Path) -> None:
+    """The same line on each node; both "nodes" are this machine, with one process each."""
+    given = {"NNODES": "2", "HEAD": "localhost", "PORT": free_port(), "NGPU": "1"}
+    words = f"{DEBUG} {tiny} --checkpoint.enable_checkpoint --job.dump_folder {tmp_path}/run"
+    line = f"scripts/torchrun_nodes.sh {words}"
+    done = shell(f"{line} & {line}; code=$?; wait $! && exit $code", cwd=project, timeout_s=240, **given)
+    assert done.code == 0, done.err
+    start, *_, end = lines(tmp_path / "run" / "events.jsonl")
+    assert (start["world_size"], start["layout"]["dp_shard"], end["step"]) == (2, 2, 4)
+    assert (tmp_path / "run" / "checkpoint" / "step-4" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("missing", ["NNODES", "HEAD", "CONFIG"])
+def test_nodes_need_to_be_told_where_and_what(shell: Any, missing: str) -> None:
+    given = {"NNODES": "2", "HEAD": "localhost", "NGPU": "2"}
+    given.pop(missing, None)
+    done = shell(f"scripts/torchrun_nodes.sh {DEBUG if missing != 'CONFIG' else ''}", **given)
+    assert done.code != 0
+    assert "usage: NNODES=2 HEAD=node1 scripts/torchrun_nodes.sh CONFIG.toml" in done.err
+
+
+def test_nodes_refuse_what_cannot_run_before_they_wait(shell: Any, tmp_path: Path) -> None:
+    words = f"{DEBUG} --job.dump_folder {tmp_path}/run --training.tensor_parallel_degree 3"
+    done = shell(f"scripts/torchrun_nodes.sh {words}", NNODES="2", HEAD="nowhere.invalid", NGPU="2")
+    assert done.code == 2
+    assert "4 ranks do not divide by the fixed degrees" in done.sentence
+
+
+def test_the_scripts_are_bash(shell: Any, project: Path) -> None:
+    scripts = [project / "run_llama_train.sh", *(project / "scripts").glob("*.sh")]
+    assert len(scripts) == 3
+    for script in scripts:
+        assert script.stat().st_mode & 0o111
+        assert script.read_text().startswith("#!/usr/bin/env bash\n")
+        assert shell(f"bash -n {script}").err == ""

@@ -112,3 +112,11 @@ def test_every_test_that_the_page_names_is_there() -> None:
     assert len(named) > 20
     for path, test in named:
         assert f"def {test}(" in (PROJECT / path).read_text(), f"{path}::{test}"
+
+
+def test_inspect_shows_it(step: Path) -> None:
+    from reshard.commands.inspect import answer
+
+    report, lines = answer(step)
+    assert report["step"] == 7
+    assert any("tensors" in line for line in lines)

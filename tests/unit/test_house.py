@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[2]
 SOURCE = PROJECT / "src" / "reshard"
 MODULES = sorted(SOURCE.rglob("*.py"))
+SEED = "SEED"  # stands for the path of a small seed checkpoint
 TRACKED_SUFFIXES = {".py", ".md", ".toml", ".sh", ".yaml", ".lock", ".txt", ""}
 
 
@@ -42,15 +44,26 @@ def test_every_room_is_in_the_contract() -> None:
     assert rooms - {"__init__", "__main__", "py"} == set(layers)
 
 
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of ours, with all that a manifest of a real one says."""
+    folder = tmp_path_factory.mktemp("seed")
+    words = ["seed", "--model.dim", "32", "--model.n_layers", "1", "--job.dump_folder", str(folder)]
+    done = subprocess.run([sys.executable, "-m", "reshard", *words], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 @pytest.mark.parametrize(
     "words",
     [["--help"], ["--version"], ["train", "--help"], ["config", "train_configs/debug_model.toml"],
      ["config", "--keys"], ["config", "--check", "train_configs/debug_model.toml"], ["config", "--nonsense.key", "1"],
-     ["tokenize", "--help"], ["verify", "--help"]],
+     ["tokenize", "--help"], ["verify", "--help"], ["inspect", SEED], ["inspect", f"{SEED}/.."],
+     ["verify", "--level", "files", SEED], ["verify", SEED]],
     ids=" ".join,
 )  # fmt: skip
-def test_light_commands_import_no_torch(words: list[str]) -> None:
+def test_light_commands_import_no_torch(words: list[str], seed: str) -> None:
     """`import torch` takes seconds, which nobody waits for to see a help text."""
+    words = [word.replace(SEED, seed) for word in words]
     code = (
         "import sys\nfrom reshard.cli import main\n"
         f"try:\n    main({words!r})\nexcept SystemExit as stop:\n    print('code', stop.code)\n"
@@ -60,6 +73,38 @@ def test_light_commands_import_no_torch(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("heavy []\n"), done.stdout[-300:]
     assert ("code 2" in done.stdout) == ("--nonsense.key" in words), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["config", "train_configs/debug_model.toml"], ["inspect", SEED], ["verify", "--level", "files", SEED]],
+    ids=" ".join,
+)  # fmt: skip
+def test_light_commands_answer_at_once(words: list[str], seed: str) -> None:
+    """In 0.4 s of processor time, whatever else the machine does; the best of three, as the first fills caches."""
+    words = [word.replace(SEED, seed) for word in words]
+
+    def seconds() -> float:
+        process = subprocess.Popen([sys.executable, "-m", "reshard", *words], cwd=PROJECT, stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return used.ru_utime + used.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 0.4
+
+
+def test_the_trainer_can_be_called_whatever_was_imported_before() -> None:
+    """`reshard.train` is a function to users and a package to Python: both must hold, in any order."""
+    code = (
+        "import reshard\nassert callable(reshard.train) and callable(reshard.train)\n"
+        "import reshard.train.metrics as metrics\nassert callable(reshard.train) and metrics.Journal\n"
+        "from reshard import train\n"
+        "try:\n    train(reshard.load_config(None, ['--parallelism.tensor_parallel_degree', '3'])[0])\n"
+        "except reshard.ReshardError as error:\n    print(type(error).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "LayoutError\n"), done.stderr
 
 
 def test_the_public_names_are_there_and_come_when_called() -> None:

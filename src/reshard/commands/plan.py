@@ -57,8 +57,13 @@ class RankMemory:
         )
 
 
-def run(config: Config, world_size: int) -> dict[str, Any]:
-    """The plan as plain JSON values. Raises what `train` on this many ranks would: ConfigError, LayoutError."""
+def run(config: Config, world_size: int, device: str = "cpu") -> dict[str, Any]:
+    """The plan as plain JSON values. Raises what `train` on this many ranks would: ConfigError, LayoutError.
+
+    device: cuda or cpu, of the ranks planned for: on cuda, mixed_precision_param "auto" means bfloat16.
+    """
+    if device == "cuda" and config.training.mixed_precision_param == "auto":
+        config = config.with_values(training={"mixed_precision_param": "bfloat16"})
     layout = resolve_layout(config, world_size)
     spec = spec_of(config)
     check_fit(layout, spec, config)
