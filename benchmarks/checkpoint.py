@@ -545,6 +545,7 @@ def tell_reading(results: dict[int, dict[str, Any]]) -> list[str]:
             rows.append(row(world, placement, *(f"{read[name] / result['bytes']:.3f}" for name in ("ours", "dcp"))))
     return [
         "## Bytes read by all ranks together / bytes stored (A_read), from what one rank has saved", "",
+        "8 ranks: of a quarter of the state, so that eight replicas fit the memory.", "",
         *table(["ranks", "held as", "ours", "dcp"], rows),
     ]  # fmt: skip
 
@@ -634,8 +635,11 @@ def main() -> None:
             results = {}
             for world in worlds:
                 print(f"{part}, {world} rank(s) ...", file=sys.stderr)
-                results[world] = run(part, world, Path(folder) / f"{part}-{world}", options.gib, options.rounds)
-            lines += TELL[part](results)
+                gib = options.gib / 4 if world > 4 else options.gib  # each rank holds a whole replica, twice
+                results[world] = run(part, world, Path(folder) / f"{part}-{world}", gib, options.rounds)
+            told = TELL[part](results)
+            print("\n".join(told), flush=True)
+            lines += told
     head = [
         f"{datetime.now(UTC):%Y-%m-%d}, {options.rounds} rounds, {os.cpu_count()} x {processor()}, Linux "
         f"{platform.release()}, torch {torch.__version__}, {shutil.disk_usage(options.place).total / 2**30:.0f} GiB disk. "
@@ -643,7 +647,6 @@ def main() -> None:
         f"    python benchmarks/checkpoint.py {' '.join(sys.argv[1:])}".rstrip(), "",
     ]  # fmt: skip
     text = "\n".join([*head, *lines])
-    print(text)
     if options.out != "-":
         put_between_marks(Path(options.out), text, "checkpoint")
 

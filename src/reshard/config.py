@@ -88,7 +88,7 @@ class Optimizer(Section):
     decay_norms_and_embeddings: bool = True
     """false: norms and embeddings get no weight decay."""
     implementation: Literal["auto", "for-loop", "foreach", "fused"] = "auto"
-    """Which of torch's kernels; auto takes fused on CUDA, foreach on CPU."""
+    """Which of torch's kernels; auto takes fused."""
 
 
 class LRScheduler(Section):

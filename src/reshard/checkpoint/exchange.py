@@ -28,7 +28,7 @@ from reshard.checkpoint.manifest import Manifest, TensorEntry
 from reshard.checkpoint.offers import Offer, Spread, spreads
 from reshard.checkpoint.ranks import Messages, Ranks
 from reshard.checkpoint.reader import Files, Job, read_jobs
-from reshard.checkpoint.state import Box, dtype_from_name, local_part
+from reshard.checkpoint.state import Box, dtype_from_name
 from reshard.errors import IntegrityError, ReshardError
 
 SLAB_BYTES = 4 << 20  # one reading and one message; small tensors are gathered up to it
@@ -68,15 +68,19 @@ Parts = Mapping[str, tuple[Tensor, Box]]  # name -> this rank's numbers, and whe
 
 
 def read_exchanging(
-    directory: Path, index: Index, wanted: Mapping[str, Tensor], ranks: Ranks, *, manifest: Manifest | None
+    directory: Path,
+    index: Index,
+    parts: Parts,
+    wants: Sequence[Offer],
+    ranks: Ranks,
+    *,
+    manifest: Manifest | None,
 ) -> int:
     """Fill this rank's part of each tensor, reading each stored byte once among all ranks. Returns this rank's bytes read.
 
-    wanted: stored name -> destination; ranks may want different names. Collective: all ranks succeed or all raise.
+    wants: what each rank wants (`want`), by rank; they may differ. Collective: all ranks succeed or all raise.
     Raises: as reader.read_tensors.
     """
-    parts = {name: local_part(tensor) for name, tensor in wanted.items()}
-    wants = ranks.everywhere(lambda: want(index, {name: box for name, (_, box) in parts.items()}))
     plans: list[tuple[list[Job], list[Slab]]] = []
     ranks.everywhere(lambda: plans.append(plan(directory, index, wants, ranks.rank, whole_chunks=manifest is None)))
     ((own, shared),) = plans

@@ -13,12 +13,14 @@ from pathlib import Path
 from torch import Tensor
 
 from reshard.checkpoint.collector import collector_at_rest
-from reshard.checkpoint.exchange import read_exchanging
+from reshard.checkpoint.exchange import read_exchanging, want
 from reshard.checkpoint.index import Index, index_bytes, read_index
 from reshard.checkpoint.layout import Entry, entries, is_foreign, set_aside_before, step_directory
 from reshard.checkpoint.manifest import Manifest, read_manifest
+from reshard.checkpoint.offers import Offer
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.reader import check_names, read_tensors
+from reshard.checkpoint.state import local_part
 from reshard.errors import NotACheckpoint, TornCheckpoint, listed
 
 logger = logging.getLogger(__name__)
@@ -161,9 +163,15 @@ def load(directory: Path, state: Mapping[str, Tensor], ranks: Ranks, *, cast: bo
         manifest, index = look()
         return read_tensors(directory, index, state, manifest=manifest)
     opened: list[tuple[Manifest | None, Index]] = []
-    ranks.everywhere(lambda: opened.append(look()))
+    parts = {name: local_part(tensor) for name, tensor in state.items()}
+
+    def look_and_want() -> Offer:
+        opened.append(look())
+        return want(opened[0][1], {name: box for name, (_, box) in parts.items()})
+
+    wants = ranks.everywhere(look_and_want)
     manifest, index = opened[0]
-    return read_exchanging(directory, index, state, ranks, manifest=manifest)
+    return read_exchanging(directory, index, parts, wants, ranks, manifest=manifest)
 
 
 def open_index(directory: Path) -> tuple[Manifest | None, Index]:

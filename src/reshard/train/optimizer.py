@@ -34,10 +34,8 @@ def build_optimizer(
         for name, members in split.items()
         if members
     ]
-    on_cuda = any(p.device.type == "cuda" for p in parameters.values())
-    implementation = config.implementation
-    if implementation == "auto":
-        implementation = "fused" if on_cuda else "foreach"
+    # On CPU, too: foreach's many small passes over memory take some six times as long (docs/log.md).
+    implementation = "fused" if config.implementation == "auto" else config.implementation
     cls = torch.optim.AdamW if config.name == "AdamW" else torch.optim.Adam
     optimizer = cls(
         groups,

@@ -173,7 +173,7 @@ def test_state_is_there_before_the_first_step_and_is_what_torch_would_make() -> 
     ours = build_optimizer(params, Config().optimizer)
     assert all(float(t.abs().sum()) == 0 for t in optimizer_moments(ours, params).values())
     lr = Config().optimizer.lr
-    theirs = torch.optim.AdamW(others.values(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=True)
+    theirs = torch.optim.AdamW(others.values(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
     for _ in range(3):
         ours.step()
         theirs.step()
