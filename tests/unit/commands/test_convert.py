@@ -3,14 +3,16 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from reshard.checkpoint.manifest import read_manifest
-from reshard.commands.convert import Options, describe_plan, import_meta, plan_lines, run
+from reshard.commands.convert import Options, describe_plan, import_meta, plan_lines, run, to_dcp
 from reshard.commands.diff import compare, lines
 from reshard.commands.export import export
 from reshard.commands.sources import format_of, named_spec, open_source
@@ -377,3 +379,30 @@ def test_no_space_is_said_first(tmp_path, monkeypatch):
             run(tmp_path / "meta", tmp_path / target)
     assert [p.name for p in tmp_path.iterdir()] == ["meta"]
     assert issubclass(StorageError, ReshardError)
+
+
+class Counted:
+    """A tensor that counts the rows that were read of it."""
+
+    def __init__(self, tensor, rows):
+        self.tensor, self.rows = tensor, rows
+
+    def __getattr__(self, name):
+        return getattr(self.tensor, name)
+
+    def fill(self, buffer, start, stop, ledger=None):
+        self.rows[self.tensor.name] = self.rows.get(self.tensor.name, 0) + stop - start
+        self.tensor.fill(buffer, start, stop, ledger)
+
+
+def test_a_tied_embedding_is_read_once_and_written_twice(tmp_path):
+    _, weights = make_meta(tmp_path / "meta", tied=True)
+    source, rows = open_source(tmp_path / "meta"), {}
+    counted = {name: Counted(tensor, rows) for name, tensor in source.tensors.items() if name != "output.weight"}
+    to_dcp(replace(source, tensors=counted), tmp_path / "out")
+    assert rows == {name: tensor.shape[0] for name, tensor in counted.items()}
+    found = {
+        name: torch.empty_like(weights["tok_embeddings.weight"]) for name in ("tok_embeddings.weight", "output.weight")
+    }
+    dcp.load(found, storage_reader=dcp.FileSystemReader(tmp_path / "out"), no_dist=True)
+    assert all(torch.equal(tensor, weights["tok_embeddings.weight"]) for tensor in found.values())
