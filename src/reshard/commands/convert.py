@@ -20,7 +20,7 @@ from reshard.formats.hf import DEFAULT_SHARD_BYTES, plan_hf
 from reshard.formats.meta import open_meta
 from reshard.formats.meta_export import plan_meta
 from reshard.formats.output import Output, check_space, write_output
-from reshard.formats.protocol import ITEM_BYTES, LazyTensor, Ledger, Source, read_rows, slabs
+from reshard.formats.protocol import ITEM_BYTES, LazyTensor, Ledger, Source, StoredTensor, read_rows, slabs
 from reshard.formats.torch_model import plan_torch
 from reshard.formats.torchtune import plan_torchtune
 from reshard.progress import progress_bar
@@ -283,9 +283,16 @@ def _dcp_tensors(source: Source, dtype: str | None) -> dict[str, LazyTensor]:
     """What is written, by name; a tied embedding is the same object under both."""
     assert source.spec is not None
     tensors = {name: cast(tensor, dtype) for name, tensor in source.tensors.items()}
-    if source.spec.tied:
-        tensors.setdefault(_OUTPUT, tensors[_EMBEDDING])
+    if source.spec.tied and _same_bytes(source.tensors.get(_OUTPUT), source.tensors[_EMBEDDING]):
+        tensors[_OUTPUT] = tensors[_EMBEDDING]
     return tensors
+
+
+def _same_bytes(copy: LazyTensor | None, tensor: LazyTensor) -> bool:
+    """Does a copy come from the very bytes of the tensor, as in Meta's files, or from nowhere?"""
+    if copy is None:
+        return True
+    return isinstance(copy, StoredTensor) and isinstance(tensor, StoredTensor) and copy.blocks == tensor.blocks
 
 
 def _pieces(
