@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from reshard.commands.read_ahead import ReadAhead
 from reshard.commands.sources import FORMATS, open_source
 from reshard.commands.tokenizer_files import with_tokenizer
 from reshard.errors import ConfigError, FormatError, nearest
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES = 32 * 2**20  # of a chunk of ours at most: one is written while the next is read
+PIECE_BYTES = 64 * 2**20  # of a chunk of ours at most: no reader ever needs a whole matrix
 DEFAULT_MEMORY = 512 << 20
 # What the interpreter and the libraries take before a byte is read; torch is needed to write DCP only.
 FLOOR_BYTES, FLOOR_WITH_TORCH_BYTES = 40 << 20, 205 << 20
@@ -232,8 +231,8 @@ def to_dcp(
     """Write a source as a committed weights-only checkpoint under flat Meta names.
 
     dtype: a torch dtype name to cast to; None keeps each tensor's own. A tied model is written with both names, which
-    torchtune needs, and read once. Memory: one piece that is written while the next one is read. The source's stored
-    CRC32s are checked on the way, before the commit. Raises FormatError, NotACheckpoint, StorageError.
+    torchtune needs, and read once. Memory: one piece of at most PIECE_BYTES. The source's stored CRC32s are checked on
+    the way, before the commit. Raises FormatError, NotACheckpoint, StorageError.
     """
     if source.spec is None:
         raise FormatError(f"{source.path} does not say which model it is: heads, RoPE and epsilon", path=source.path)
@@ -243,7 +242,7 @@ def to_dcp(
     from reshard.checkpoint.save import save_weights
 
     _give_memory_back()
-    # One piece is written, one is read; a cast holds one slab more.
+    # The writer may still hold the end of the piece before; a cast holds one slab more.
     piece = min(PIECE_BYTES, (memory - FLOOR_WITH_TORCH_BYTES - SLAB_BYTES) // 2)
     if piece < 1 << 20:
         least = (FLOOR_WITH_TORCH_BYTES + SLAB_BYTES >> 20) + 2
@@ -300,24 +299,18 @@ def _pieces(
 ) -> Iterator[Piece]:
     """Every tensor, some rows at a time; ends only if the bytes that were read are those that had been written.
 
-    Rows that have two names are read once, and are two pieces. While one piece is written, the next is read.
+    Rows that have two names are read once, and are two pieces, one after the other.
     """
     from reshard.checkpoint.state import Piece
 
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
-    plan = [
-        (same, start, stop)
-        for same in names.values()
-        for start, stop in slabs(tensors[same[0]].shape, ITEM_BYTES[tensors[same[0]].dtype], most_bytes,
-                                 tensors[same[0]].grain)
-    ]  # fmt: skip
-    reads = [partial(read_rows, tensors[same[0]], start, stop, ledger) for same, start, stop in plan]
-    with ReadAhead(reads) as ahead:
-        for number, (same, start, stop) in enumerate(plan):
-            tensor = tensors[same[0]]
-            scalar = not tensor.shape
+    for same in names.values():
+        tensor = tensors[same[0]]
+        scalar = not tensor.shape
+        for start, stop in slabs(tensor.shape, ITEM_BYTES[tensor.dtype], most_bytes, tensor.grain):
+            rows = _Rows(partial(read_rows, tensor, start, stop, ledger), len(same), advance)
             for name in same:
                 yield Piece(
                     fqn=name,
@@ -325,12 +318,21 @@ def _pieces(
                     offsets=() if scalar else (start, *(0 for _ in tensor.shape[1:])),
                     sizes=() if scalar else (stop - start, *tensor.shape[1:]),
                     dtype=tensor.dtype,
-                    read=partial(_taken, ahead, number, advance),
+                    read=rows.take,
                 )
     ledger.check()
 
 
-def _taken(ahead: ReadAhead[torch.Tensor], number: int, advance: Callable[[int], object]) -> torch.Tensor:
-    rows = ahead.take(number)
-    advance(rows.nbytes)
-    return rows
+class _Rows:
+    """Rows that are read when they are first taken, and let go when they are taken for the last time."""
+
+    def __init__(self, read: Callable[[], torch.Tensor], uses: int, advance: Callable[[int], object]) -> None:
+        self._read, self._uses, self._advance = read, uses, advance
+        self._kept: torch.Tensor | None = None
+
+    def take(self) -> torch.Tensor:
+        rows = self._read() if self._kept is None else self._kept
+        self._uses -= 1
+        self._kept = rows if self._uses else None
+        self._advance(rows.nbytes)
+        return rows
