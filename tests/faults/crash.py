@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -49,20 +50,22 @@ def can_trace() -> str:
 def traced(process: int, *options: str) -> Iterator[None]:
     """Have strace at a process, and at all that it starts meanwhile, until the block ends. Needs the right to do so."""
     assert shutil.which("strace"), MISSING
-    tracer = subprocess.Popen(["strace", "-f", "-p", str(process), *options], stderr=subprocess.PIPE, text=True)
-    status = Path(f"/proc/{process}/status")
-    try:
-        for _ in range(10_000):
-            if f"TracerPid:\t{tracer.pid}\n" in status.read_text():
-                break
-            if tracer.poll() is not None:
-                assert tracer.stderr is not None
-                raise AssertionError(f"strace cannot attach here: {tracer.stderr.read()[-500:]}")
-            time.sleep(0.001)
-        yield
-    finally:
-        tracer.send_signal(signal.SIGINT)  # it lets go of all processes, which go on
-        tracer.communicate(timeout=60)
+    # What it says goes to a file: nobody reads a pipe meanwhile, and a full one would stop strace and all that it traces.
+    with tempfile.TemporaryFile("w+") as said:
+        tracer = subprocess.Popen(["strace", "-f", "-p", str(process), *options], stderr=said)
+        status = Path(f"/proc/{process}/status")
+        try:
+            for _ in range(10_000):
+                if f"TracerPid:\t{tracer.pid}\n" in status.read_text():
+                    break
+                if tracer.poll() is not None:
+                    said.seek(0)
+                    raise AssertionError(f"strace cannot attach here: {said.read()[-500:]}")
+                time.sleep(0.001)
+            yield
+        finally:
+            tracer.send_signal(signal.SIGINT)  # it lets go of all processes, which go on
+            tracer.wait(timeout=60)
 
 
 def recording(process: int, place: Path, *options: str) -> AbstractContextManager[None]:
