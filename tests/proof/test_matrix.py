@@ -148,7 +148,7 @@ def compared(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable
 @pytest.mark.parametrize(("title", "name"), [pytest.param(t, w.name, id=f"{t}-{w.name}") for t, w in CASES])
 def test_a_layout_computes_what_one_process_computes(title: str, name: str, compared: Any) -> None:
     if title == "compiled" and shutil.which("g++") is None:
-        pytest.skip("torch.compile needs a C++ compiler")
+        pytest.fail("torch.compile needs a C++ compiler: install g++")
     found = compared(title, name)
     row = found.row
     assert row.problem is None, row.problem

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,31 @@ from reshard.checkpoint.save import About, save
 torch.set_num_threads(1)
 
 Save = Callable[..., Manifest]
+NOBODY = 65534
+
+
+@pytest.fixture
+def unprivileged(tmp_path: Path) -> Callable[[], AbstractContextManager[None]]:
+    """A block in which this process may no more than anybody: root becomes nobody for it."""
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        if os.geteuid() != 0:
+            yield
+            return
+        above = [path for path in tmp_path.parents if path.stat().st_uid == 0 and not path.stat().st_mode & 0o001]
+        modes = {path: path.stat().st_mode for path in (tmp_path, *above)}
+        for path, mode in modes.items():
+            path.chmod(mode | 0o011)  # it may pass through to what the test has made
+        os.seteuid(NOBODY)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+            for path, mode in modes.items():
+                path.chmod(mode)
+
+    return block
 
 
 def state_of(number: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -75,12 +74,16 @@ def test_a_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
         entries(tmp_path / "checkpoint")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_cannot_be_read_is_an_error_not_an_empty_folder(folder: Path, make: Any) -> None:
+def test_a_folder_that_cannot_be_read_is_an_error_not_an_empty_folder(
+    folder: Path, make: Any, unprivileged: Any
+) -> None:
     make(1)
+    folder.chmod(0o755)
+    with unprivileged():
+        assert len(entries(folder)) == 1
     folder.chmod(0)
     try:
-        with pytest.raises(StorageError):
+        with unprivileged(), pytest.raises(StorageError):
             entries(folder)
     finally:
         folder.chmod(0o755)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,10 +80,13 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None
         pass
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_is_a_storage_error(tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_written_is_a_storage_error(tmp_path: Path, unprivileged: Any) -> None:
     (tmp_path / "sealed").mkdir(mode=0o555)
-    with pytest.raises(StorageError), own_folder(tmp_path / "sealed/checkpoint", Ranks()):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with unprivileged(), own_folder(tmp_path / "open/checkpoint", Ranks()):
+        pass
+    with unprivileged(), pytest.raises(StorageError), own_folder(tmp_path / "sealed/checkpoint", Ranks()):
         pass
 
 
