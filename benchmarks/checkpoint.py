@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread for each rank, as in
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from page import processor, put_between_marks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -649,25 +650,6 @@ def main() -> None:
     text = "\n".join([*head, *lines])
     if options.out != "-":
         put_between_marks(Path(options.out), text, "checkpoint")
-
-
-def processor() -> str:
-    """The CPU's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.machine()
-
-
-def put_between_marks(path: Path, text: str, what: str) -> None:
-    """Replace what stands between the two marks of a page; the words around it are for people to write."""
-    begin, end = f"<!-- {what}: made by benchmarks/{what}.py -->", f"<!-- end of {what} -->"
-    page = path.read_text() if path.exists() else ""
-    if begin not in page:
-        page += f"\n{begin}\n{end}\n"
-    before, _, rest = page.partition(begin)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":

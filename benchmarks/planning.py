@@ -23,7 +23,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from checkpoint import PROJECT, put_between_marks, row, status_bytes, table
+from checkpoint import PROJECT, row, status_bytes, table
+from page import put_between_marks
 
 from reshard.checkpoint import exchange
 from reshard.checkpoint.collector import collector_at_rest

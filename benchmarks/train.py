@@ -39,6 +39,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from page import processor, put_between_marks
+
 PROJECT = Path(__file__).resolve().parents[1]
 PARTS = ("speed", "loop", "start")
 SIZES = {  # the first is torchtitan 0.2.2's debug model; the other is for a GPU
@@ -705,25 +707,6 @@ def versions() -> str:
     from importlib.metadata import version
 
     return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-
-
-def processor() -> str:
-    """The CPU's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.machine()
-
-
-def put_between_marks(path: Path, text: str, what: str) -> None:
-    """Replace what stands between the two marks of a page; the words around it are for people to write."""
-    begin, end = f"<!-- {what}: made by benchmarks/{what}.py -->", f"<!-- end of {what} -->"
-    page = path.read_text() if path.exists() else "# Training speed\n"
-    if begin not in page:
-        page += f"\n{begin}\n{end}\n"
-    before, _, rest = page.partition(begin)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ import hashlib
 import json
 import math
 import os
-import random
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from ports import free_port
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -112,7 +114,7 @@ class Launcher:
         place = self._place / f"launch-{self._count}"
         place.mkdir()
         request = {
-            "verb": verb, "configs": configs, "ports": [_free_port() for _ in configs], "world": world,
+            "verb": verb, "configs": configs, "ports": [free_port() for _ in configs], "world": world,
             "place": str(place), "sequences": sequences, "tensors": tensors, "timeout_s": timeout_s,
             "file_size_limit": file_size_limit or {}, "own": own or {},
         }  # fmt: skip
@@ -149,18 +151,6 @@ class Launcher:
 
 def _world_size(config: Sections) -> int:
     return math.prod(config.get("parallelism", {}).get(name, 1) for name in DEGREES)
-
-
-def _free_port() -> int:
-    """A port that stays free until it is bound: below those that the kernel hands to outgoing connections (32768 on)."""
-    while True:
-        port = random.SystemRandom().randrange(15000, 32000)
-        with socket.socket() as s:
-            try:
-                s.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
 
 
 def _tail(path: Path, characters: int = 4000) -> str:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from ports import free_port
 
 PROJECT = Path(__file__).resolve().parents[2]
 _HIDDEN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NGPU", "CONFIG", "CONFIG_FILE"}
@@ -104,7 +104,7 @@ class Runs:
         place.mkdir(parents=True)
         request = {
             "do": "start", "words": None if words is None else [str(word) for word in words], "call": call,
-            "arguments": arguments, "world": world, "place": str(place), "port": _free_port(), "cwd": str(cwd),
+            "arguments": arguments, "world": world, "place": str(place), "port": free_port(), "cwd": str(cwd),
             "environment": environment or {},
         }  # fmt: skip
         return Run(self, self.ask(request), place, world)
@@ -148,18 +148,6 @@ class Runs:
             self._zygote.stdin.close()
             self._zygote.wait(timeout=60)
             self._zygote = None
-
-
-def _free_port() -> int:
-    """A port that stays free until it is bound: below those that the kernel hands to outgoing connections (32768 on)."""
-    while True:
-        port = random.SystemRandom().randrange(15000, 32000)
-        with socket.socket() as s:
-            try:
-                s.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
 
 
 def wait_for(condition: Any, *, timeout_s: float = 60, every_s: float = 0.001) -> None:

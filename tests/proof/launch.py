@@ -15,9 +15,7 @@ import io
 import json
 import math
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +24,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from ports import free_port
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -89,7 +91,7 @@ class Ranks:
         self._count += 1
         place = self._place / f"run-{self._count}"
         place.mkdir(parents=True)
-        request = {"config": config, "port": _free_port(), "world": world, "place": str(place), "watch": watch}
+        request = {"config": config, "port": free_port(), "world": world, "place": str(place), "watch": watch}
         problem = self._ask(request)
         if problem:
             output = "\n".join(f"-- rank {r}\n{_tail(place / f'stderr-{r}')}" for r in range(world))
@@ -201,18 +203,6 @@ def digest(tensor: Any) -> str:
     tensor = tensor.detach().contiguous()
     head = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
     return hashlib.blake2b(head + tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), digest_size=16).hexdigest()
-
-
-def _free_port() -> int:
-    """A port that stays free until it is bound: below those that the kernel hands to outgoing connections (32768 on)."""
-    while True:
-        port = random.SystemRandom().randrange(15000, 32000)
-        with socket.socket() as s:
-            try:
-                s.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
 
 
 def _tail(path: Path, characters: int = 4000) -> str:

@@ -6,10 +6,7 @@ template engine; what the page's script reads are numbers and escaped JSON.
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from statistics import median
@@ -22,6 +19,7 @@ from reshard.commands.report_checkpoints import Advance, Verified, checkpoint_ro
 from reshard.commands.run_lines import moment, step_of_line
 from reshard.commands.run_record import RunRecord, Stretch, read_run
 from reshard.errors import StorageError
+from reshard.text.once import write_whole
 
 EXPORTS = "exports"  # where `checkpoint.export` puts them
 _LAST = 12  # steps at the end of a run over which the last loss is averaged
@@ -321,17 +319,10 @@ def _exports(folder: Path) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """All of it or nothing: under another name first."""
-    aside = path.with_name(f"{path.name}.tmp-{secrets.token_hex(8)}")
+    """All of it or nothing. Raises StorageError."""
     try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        write_whole(path, content)
     except OSError as error:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
         raise StorageError(
             f"`{path}` cannot be written: {error.strerror or error}",
             path=path,
