@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,22 +116,64 @@ class BlockWriter:
                 os.fsync(self._fd)
         finally:
             os.close(self._fd)
-        crcs = [*self._crcs, self._open_crc] if self._open_bytes else self._crcs
-        total = 0
-        for i, crc in enumerate(crcs):
-            length = min(BLOCK_BYTES, self.bytes - i * BLOCK_BYTES)
-            total = isal_zlib.crc32_combine(total, crc, length)
-        content = _HEADER.pack(_MAGIC, BLOCK_BYTES, 0, self.bytes) + np.array(crcs, dtype="<u4").tobytes()
-        sidecar = self.path.with_name(self.path.name + SUFFIX)
-        write_durably(sidecar, content)
-        return {
-            self.path.name: FileEntry(self.bytes, f"{total:08x}"),
-            sidecar.name: FileEntry(len(content), crc32_hex(content)),
-        }
+        return _write_sidecar(self.path, self.bytes, [*self._crcs, self._open_crc] if self._open_bytes else self._crcs)
 
     def abandon(self) -> None:
         """Close without a promise."""
         os.close(self._fd)
+
+
+class BlockSummer:
+    """The same sums of a file whose bytes come in any order, from several threads."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._bytes = nbytes
+        self._crcs: list[int | None] = [None] * -(-nbytes // BLOCK_BYTES)
+        self._parts: dict[int, dict[int, tuple[int, int]]] = {}  # of blocks that come in parts: begin -> (end, CRC32)
+        self._lock = threading.Lock()
+
+    def add(self, offset: int, data: memoryview) -> int:
+        """These bytes go to this place, once. Returns their CRC32."""
+        crc = at = 0
+        while at < len(data):
+            block, begin = divmod(offset + at, BLOCK_BYTES)
+            part = data[at : at + BLOCK_BYTES - begin]
+            end = begin + len(part)
+            part_crc = isal_zlib.crc32(part)
+            crc = isal_zlib.crc32_combine(crc, part_crc, len(part)) if at else part_crc
+            if len(part) == BLOCK_BYTES:
+                self._crcs[block] = part_crc
+            else:
+                with self._lock:
+                    self._parts.setdefault(block, {})[begin] = end, part_crc
+            at += len(part)
+        return crc
+
+    def write_sidecar(self, path: Path) -> dict[str, FileEntry]:
+        """Write the sums of the data file at `path` beside it; both files' entries for the manifest. Raises OSError."""
+        for block, parts in self._parts.items():
+            crc = at = 0
+            for begin, (end, part_crc) in sorted(parts.items()):
+                assert begin == at, f"{path.name}: block {block} has a hole or an overlap at byte {at}"
+                crc, at = isal_zlib.crc32_combine(crc, part_crc, end - begin), end
+            assert at == min(BLOCK_BYTES, self._bytes - block * BLOCK_BYTES), f"{path.name}: block {block} ends at {at}"
+            self._crcs[block] = crc
+        crcs = [crc for crc in self._crcs if crc is not None]
+        assert len(crcs) == len(self._crcs), f"{path.name} has blocks that nobody wrote"
+        return _write_sidecar(path, self._bytes, crcs)
+
+
+def _write_sidecar(path: Path, nbytes: int, crcs: list[int]) -> dict[str, FileEntry]:
+    total = 0
+    for i, crc in enumerate(crcs):
+        total = isal_zlib.crc32_combine(total, crc, min(BLOCK_BYTES, nbytes - i * BLOCK_BYTES))
+    content = _HEADER.pack(_MAGIC, BLOCK_BYTES, 0, nbytes) + np.array(crcs, dtype="<u4").tobytes()
+    sidecar = path.with_name(path.name + SUFFIX)
+    write_durably(sidecar, content)
+    return {
+        path.name: FileEntry(nbytes, f"{total:08x}"),
+        sidecar.name: FileEntry(len(content), crc32_hex(content)),
+    }
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -101,6 +101,15 @@ def write_and_commit(
         raise
 
 
+@dataclass(frozen=True)
+class WrittenWeights:
+    """What lies in a temporary directory. parts: in the order in which each file has them; stored: where."""
+
+    parts: list[tuple[str, TensorEntry, Box]]
+    stored: list[Stored]
+    files: dict[str, FileEntry]
+
+
 def save_weights(
     directory: Path,
     pieces: Iterable[Piece],
@@ -115,22 +124,31 @@ def save_weights(
     Names must be flat Meta names; the pieces of a tensor must tile it. An existing directory is refused, unless it
     is empty. Raises StorageError; then nothing is left.
     """
-    refuse_existing(directory)
-    parts: list[tuple[str, TensorEntry, Box]] = []
 
-    def counted() -> Iterator[Piece]:
-        for piece in pieces:
-            parts.append((piece.fqn, TensorEntry(piece.shape, piece.dtype), piece.box))
-            yield piece
+    def write(temporary: Path) -> WrittenWeights:
+        parts: list[tuple[str, TensorEntry, Box]] = []
+
+        def counted() -> Iterator[Piece]:
+            for piece in pieces:
+                parts.append((piece.fqn, TensorEntry(piece.shape, piece.dtype), piece.box))
+                yield piece
+
+        written = write_pieces(temporary, _file_of(0), counted())
+        return WrittenWeights(parts, _stored(_file_of(0), parts, written), written.files)
 
     about = About(step=step, kind="model", source=source, config=config, model=spec.to_dict())
+    return commit_weights(directory, write, about)
+
+
+def commit_weights(directory: Path, write: Callable[[Path], WrittenWeights], about: About) -> Manifest:
+    """Let `write` fill a temporary directory with weights, durably, and commit that. Raises as `save_weights`."""
+    refuse_existing(directory)
     save_id = secrets.token_hex(8)
     try:
         temporary = temporary_directory(directory, save_id)
-        written = write_pieces(temporary, _file_of(0), counted())
-        plan = make_plan([Offer.of(parts, {name: (name,) for name, _, _ in parts})], 0)
-        stored = _stored(_file_of(0), parts, written)
-        return finish_save(temporary, directory, about, plan.tensors, plan.paths, stored, written.files)
+        written = write(temporary)
+        plan = make_plan([Offer.of(written.parts, {name: (name,) for name, _, _ in written.parts})], 0)
+        return finish_save(temporary, directory, about, plan.tensors, plan.paths, written.stored, written.files)
     except BaseException as error:
         remove_temporary(directory)
         if isinstance(error, OSError):

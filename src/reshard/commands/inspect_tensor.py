@@ -154,9 +154,7 @@ def _ours(path: Path, name: str) -> Opened:
             region = Region(file, placed.record.offset, placed.record.nbytes, placed.record.crc32)
             for start in range(0, placed.nbytes, READ_BYTES):
                 buffer = np.empty(min(READ_BYTES, placed.nbytes - start), np.uint8)
-                region.read_into(buffer, placed.first + start)
-                if ledger is not None:
-                    ledger.note(region, placed.first + start, buffer)
+                region.read_into(buffer, placed.first + start, ledger)
                 yield buffer
 
     places = tuple(f"{c.file} at byte {c.offset:,}: {_box(c.offsets, c.sizes)}" for c in tensor.chunks)

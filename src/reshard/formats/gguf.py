@@ -108,9 +108,7 @@ class Quantised:
         else:
             buffer_rows = slice(None)
         data = np.empty((stop - start) * width, np.uint8)
-        self.region.read_into(data, start * width, drop=ledger is not None and ledger.drops)
-        if ledger is not None:
-            ledger.note(self.region, start * width, data)
+        self.region.read_into(data, start * width, ledger)
         numbers = dequantize(data.reshape(stop - start, width), GGMLQuantizationType(self.ggml_type))
         numbers = np.ascontiguousarray(numbers, np.float32).reshape(-1)[buffer_rows]
         buffer[:] = numbers.view(np.uint8)

@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from reshard.errors import ConfigError, FormatError, StorageError
 from reshard.formats.protocol import ITEM_BYTES, LazyTensor, Ledger, Region, slabs
 
-MOST_SLAB_BYTES = 16 << 20  # more does not get faster
+DEFAULT_MEMORY = 512 << 20  # of a conversion, the interpreter included
+MOST_SLAB_BYTES = 8 << 20  # more does not get faster
 COPIES = 4  # of a slab that a worker may hold: as stored, merged, permuted, cast
 _FLUSH_BYTES = 128 << 20  # of a file that may wait for the disk
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}\Z")
@@ -105,8 +106,8 @@ class Output:
 class OpenFile(Protocol):
     """Something that can be written to at any offset, by several threads at once."""
 
-    def write(self, offset: int, data: NDArray[np.uint8] | bytes) -> None:
-        """All of the data. Raises OSError."""
+    def write(self, offset: int, data: NDArray[np.uint8] | bytes) -> int | None:
+        """All of the data. Raises OSError. Returns its CRC32 if the file sums what it gets, so that nobody else need."""
         ...
 
     def close(self) -> None:
@@ -128,19 +129,20 @@ class DiskFile:
             os.close(self._fd)
             raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
 
-    def write(self, offset: int, data: NDArray[np.uint8] | bytes) -> None:
+    def write(self, offset: int, data: NDArray[np.uint8] | bytes) -> int | None:
         """See OpenFile. Whoever fills the last of _FLUSH_BYTES waits for the disk: it works while the others read."""
         view = memoryview(data) if isinstance(data, bytes) else data.data
-        while view:
-            written = os.pwrite(self._fd, view, offset)
-            view, offset = view[written:], offset + written
-        with self._lock:
+        with self._lock:  # the file system lets one write at a time anyway, and keeps the other thread spinning
+            while view:
+                written = os.pwrite(self._fd, view, offset)
+                view, offset = view[written:], offset + written
             self._waiting += len(data)
             flushes = self._waiting >= _FLUSH_BYTES
             if flushes:
                 self._waiting = 0
         if flushes:
             self._flush()
+        return None
 
     def _flush(self) -> None:
         os.fdatasync(self._fd)
@@ -271,8 +273,8 @@ def _put(
     matrix = rows.reshape(stop - start, -1)[first - start : last - start]
     cut = matrix[:, place.column : place.column + place.width]
     data = np.ascontiguousarray(cut).reshape(-1)  # no copy where the columns are all of them
-    file.write(place.offset + (first - place.row) * place.width, data)
-    return (first, isal_zlib.crc32(data), len(data)) if sums else None
+    crc = file.write(place.offset + (first - place.row) * place.width, data)
+    return (first, isal_zlib.crc32(data) if crc is None else crc, len(data)) if sums else None
 
 
 def _joined(parts: Mapping[int, tuple[int, int]]) -> int:
@@ -311,7 +313,7 @@ def write_output(
     opener = open_file or (lambda path, nbytes: DiskFile(path, nbytes, drops=ledger.drops))
     with temporary(target) as folder:
         try:
-            sums = _write_files(output, folder, ledger, opener, slab, workers, advance, sums=verify)
+            sums = write_files(output, folder, ledger, opener, slab, workers, advance, sums=verify)
             ledger.check()
             for name, content in output.beside.items():
                 _write_small(folder / name, content)
@@ -329,7 +331,7 @@ def write_output(
             raise said(error, target) from None
 
 
-def _write_files(
+def write_files(
     output: Output,
     folder: Path,
     ledger: Ledger,
@@ -340,6 +342,7 @@ def _write_files(
     *,
     sums: bool,
 ) -> dict[Place, int]:
+    """Write the files of an export into a folder, each durable at the end. Returns what `copy_all` does. Raises OSError."""
     open_files: dict[str, OpenFile] = {}
     try:
         for file in output.files:
@@ -397,6 +400,16 @@ def check_space(target: Path, needed: int) -> None:
         )
 
 
+def floods(nbytes: int) -> bool:
+    """Would so many bytes push everybody else's out of the system's cache?"""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            available = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        available = 8 << 30
+    return nbytes > available // 4
+
+
 @contextmanager
 def temporary(target: Path) -> Iterator[Path]:
     """A directory beside the target to write in; gone at the end, unless it was renamed.
@@ -405,28 +418,41 @@ def temporary(target: Path) -> Iterator[Path]:
     """
     try:
         made = _made_parents(target.absolute().parent)
-        for path in sorted(target.absolute().parent.glob(f"{glob_escape(target.name)}.tmp-*")):
-            if _TEMPORARY.search(path.name) and path.is_dir():
-                _remove_if_dead(path)
+        remove_dead(target)
         folder = target.with_name(f"{target.name}.tmp-{secrets.token_hex(8)}")
         folder.mkdir()
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise said(error, target) from None
+    with alive(folder):
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            for path in reversed(made):
+                try:
+                    path.rmdir()
+                except OSError:
+                    break  # somebody has put something there
+            raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def alive(folder: Path) -> Iterator[None]:
+    """Nobody takes this temporary directory for one whose writer is dead. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        for path in reversed(made):
-            try:
-                path.rmdir()
-            except OSError:
-                break  # somebody has put something there
-        raise
+        yield
     finally:
         os.close(fd)
-    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_dead(target: Path) -> None:
+    """Remove what killed conversions have left of the same target. Raises OSError."""
+    for path in sorted(target.absolute().parent.glob(f"{glob_escape(target.name)}.tmp-*")):
+        if _TEMPORARY.search(path.name) and path.is_dir():
+            _remove_if_dead(path)
 
 
 def glob_escape(name: str) -> str:

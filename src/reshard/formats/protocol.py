@@ -26,6 +26,7 @@ from reshard.torch_zip import ITEM_BYTES as ITEM_BYTES  # noqa: PLC0414  the for
 if TYPE_CHECKING:
     import torch
 
+_STEP_BYTES = 1 << 20  # what is read and summed fits into a core's own cache
 READ_BYTES = 16 * 2**20  # at a time, where bytes are only compared or summed
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "float64")  # what a weight of ours may be
@@ -95,20 +96,22 @@ class Region:
     nbytes: int
     crc32: int | None = None
 
-    def read_into(self, buffer: NDArray[np.uint8], start: int, *, drop: bool = False) -> None:
+    def read_into(self, buffer: NDArray[np.uint8], start: int, ledger: Ledger | None = None) -> None:
         """Fill the buffer from byte `start` of the region. Raises FormatError where the file is gone or ends early.
 
-        drop: the system need not keep these bytes in its cache.
+        The ledger, where given, learns what was read: it is summed in steps, while it is in the core's cache.
         """
-        view = buffer.data
+        view, crc = buffer.data, 0
         if start < 0 or start + len(view) > self.nbytes:
             raise IndexError(f"bytes {start} to {start + len(view)} of a region of {self.nbytes}")
         position = self.offset + start
         try:
             with self.file.open("rb", buffering=0) as stream:
-                while view and (count := os.preadv(stream.fileno(), [view], position)):  # at most 2 GiB a call
+                while view and (count := os.preadv(stream.fileno(), [view[:_STEP_BYTES]], position)):
+                    if ledger is not None and self.crc32 is not None:
+                        crc = isal_zlib.crc32(view[:count], crc)
                     view, position = view[count:], position + count
-                if drop:
+                if ledger is not None and ledger.drops:
                     os.posix_fadvise(stream.fileno(), position - len(buffer), len(buffer), os.POSIX_FADV_DONTNEED)
         except OSError as e:
             raise FormatError(
@@ -120,6 +123,8 @@ class Region:
                 "had been opened",
                 path=self.file,
             )
+        if ledger is not None:
+            ledger.note(self, start, len(buffer), crc)
 
     def sum(self, start: int, stop: int, crc: int = 0) -> int:
         """The CRC32 of bytes [start, stop), going on from `crc`; reads READ_BYTES at a time."""
@@ -161,14 +166,12 @@ class Ledger:
         self._ranges: dict[Region, dict[tuple[int, int], int]] = {}
         self._lock = threading.Lock()
 
-    def note(self, region: Region, start: int, buffer: NDArray[np.uint8]) -> None:
-        """The bytes of `buffer` were just read from byte `start` of the region."""
-        crc = isal_zlib.crc32(buffer) if region.crc32 is not None else 0
+    def note(self, region: Region, start: int, nbytes: int, crc: int) -> None:
+        """So many bytes were just read from byte `start` of the region; their CRC32, where the region has one."""
         with self._lock:
-            self.bytes += len(buffer)
-            if region.crc32 is None:
-                return
-            self._ranges.setdefault(region, {})[start, start + len(buffer)] = crc
+            self.bytes += nbytes
+            if region.crc32 is not None:
+                self._ranges.setdefault(region, {})[start, start + nbytes] = crc
 
     def check(self) -> None:
         """Is every region that was read as it was written? Raises FormatError naming the first that is not."""
@@ -260,9 +263,7 @@ class StoredTensor:
             # Rows of a column block are not neighbours in the target: they are read aside, then spread.
             part = target.reshape(-1) if whole_rows else np.empty(target.size, np.uint8)
             at = block.offset + (first - block.row) * block.width
-            block.region.read_into(part, at, drop=ledger is not None and ledger.drops)
-            if ledger is not None:
-                ledger.note(block.region, at, part)
+            block.region.read_into(part, at, ledger)
             if not whole_rows:
                 target[:] = part.reshape(target.shape)
 

@@ -9,13 +9,14 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from reshard.checkpoint import archive, blocks
-from reshard.checkpoint.blocks import BLOCK_BYTES, BlockWriter, CheckedFile, Throttle, read_sums
+from reshard.checkpoint.blocks import BLOCK_BYTES, BlockSummer, BlockWriter, CheckedFile, Throttle, read_sums
 from reshard.checkpoint.manifest import TensorEntry
 from reshard.checkpoint.state import Box, bytes_of, pieces_of
 from reshard.checkpoint.writer import ALIGNED_BYTES, Places, write_pieces
@@ -99,6 +100,47 @@ def some_parts(seed: int) -> list[bytes]:
         for _ in range(60)
     ]
     return [*parts, rng.randbytes(2_500_000), *(rng.randbytes(17) for _ in range(700))]
+
+
+def cut(content: bytes, rng: random.Random) -> list[tuple[int, bytes]]:
+    """The content in parts of any sizes, in any order: (offset, bytes)."""
+    parts, at = [], 0
+    while at < len(content):
+        size = rng.choice([1, 64, 1000, BLOCK_BYTES - 1, BLOCK_BYTES, 5 * BLOCK_BYTES + 3])
+        parts.append((at, content[at : at + size]))
+        at += size
+    rng.shuffle(parts)
+    return parts
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_sums_are_the_same_in_whatever_order_the_bytes_come(seed: int, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    content = written(tmp_path / "a" / "x", some_parts(seed))[0]
+    sums = BlockSummer(len(content))
+    with ThreadPoolExecutor(4) as threads:
+        parts = cut(content, random.Random(seed))
+        found = threads.map(lambda part: sums.add(part[0], memoryview(part[1])), parts)
+        assert list(found) == [zlib.crc32(part) for _, part in parts]
+    entries = sums.write_sidecar(tmp_path / "b" / "x")
+    assert entries["x"].crc32 == f"{zlib.crc32(content):08x}"
+    assert (tmp_path / "b" / "x.crc").read_bytes() == (tmp_path / "a" / "x.crc").read_bytes()
+
+
+@pytest.mark.parametrize("change", ["lost", "twice", "short"])
+def test_a_sum_of_bytes_that_do_not_tile_the_file_is_a_bug(change: str, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 1000
+    parts = [(at, content[at : at + 1000]) for at in range(0, len(content), 1000)]
+    if change == "lost":
+        del parts[100]
+    elif change == "twice":
+        parts[7] = (6500, content[6500:8000])
+    sums = BlockSummer(len(content) + (change == "short"))
+    for at, part in parts:
+        sums.add(at, memoryview(part))
+    with pytest.raises(AssertionError):
+        sums.write_sidecar(tmp_path / "x")
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -3,6 +3,10 @@
 import json
 import logging
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +14,19 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from reshard.checkpoint import state
+from reshard.checkpoint.index import index_bytes, read_index
 from reshard.checkpoint.manifest import read_manifest
+from reshard.checkpoint.verify import verify_checkpoint
 from reshard.commands.convert import Options, describe_plan, import_meta, plan_lines, run, to_dcp
+from reshard.commands.convert_dcp import FLOOR_WITH_TORCH_BYTES
 from reshard.commands.diff import compare, lines
 from reshard.commands.export import export
 from reshard.commands.sources import format_of, named_spec, open_source
 from reshard.errors import ConfigError, FormatError, ReshardError, StorageError, TensorMismatch
 from reshard.formats.hf_config import as_json, config_of, parse_size, spec_from_config
 from reshard.formats.meta import write_meta
+from reshard.formats.output import COPIES
 from reshard.formats.protocol import StoredTensor
 from reshard.model.names import TORCHTUNE, foreign_name
 from reshard.model.spec import LlamaSpec, RopeScaling, flavor, parameter_shapes
@@ -191,8 +200,8 @@ def test_foreign_dcp_of_every_generation_of_names(tmp_path):
         "2026": {renamed(name): weight for name, weight in weights.items()},
     }  # fmt: skip
     start = open_source(tmp_path / "meta")
-    for name, state in generations.items():
-        dcp.save(state, checkpoint_id=tmp_path / name, no_dist=True)
+    for name, saved in generations.items():
+        dcp.save(saved, checkpoint_id=tmp_path / name, no_dist=True)
         with pytest.raises(FormatError, match="--model"):
             _raise_with_hint(lambda name=name: open_source(tmp_path / name))
         run(tmp_path / name, tmp_path / f"{name}-hf", to="hf", model=told)
@@ -399,3 +408,43 @@ def test_a_tied_embedding_is_read_once_and_written_twice(tmp_path, monkeypatch):
     }
     dcp.load(found, storage_reader=dcp.FileSystemReader(tmp_path / "out"), no_dist=True)
     assert all(torch.equal(tensor, weights["tok_embeddings.weight"]) for tensor in found.values())
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_large_tensors_become_chunks_of_two_files_whatever_the_slabs(tmp_path, monkeypatch, workers):
+    """Rows of 1,040 bytes, slabs, chunks and blocks of sums end at different places; some chunks begin with a block."""
+    monkeypatch.setattr(state, "PIECE_BYTES", 5_000_000)
+    sizes = {"dim": 520, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 700, "vocab_size": 9002, "n_layers": 1, "tied": True}
+    _, weights = make_meta(tmp_path / "meta", **sizes)
+    memory = FLOOR_WITH_TORCH_BYTES + workers * COPIES * 300_000
+    manifest = to_dcp(open_source(tmp_path / "meta"), tmp_path / "out", memory=memory, workers=workers)
+    data = [tmp_path / "out" / name for name in manifest.files if name.endswith(".distcp")]
+    assert [path.name for path in data] == ["__0_0.distcp", "__0_1.distcp"]
+    assert max(path.stat().st_size for path in data) < 0.7 * sum(path.stat().st_size for path in data)
+    verdict = verify_checkpoint(tmp_path / "out", "bytes", lambda done: None)
+    assert verdict.whole, verdict.problem or verdict.findings
+    chunks = (
+        read_index(index_bytes(tmp_path / "out", manifest), tmp_path / "out").tensors["tok_embeddings.weight"].chunks
+    )
+    assert len(chunks) == 2
+    weights = {**weights, "output.weight": weights["tok_embeddings.weight"]}
+    found = {name: torch.empty_like(weight) for name, weight in weights.items()}
+    dcp.load(found, storage_reader=dcp.FileSystemReader(tmp_path / "out"), no_dist=True)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.items())
+
+
+def test_a_conversion_that_is_killed_leaves_no_checkpoint_and_the_next_one_works(tmp_path):
+    """Into DCP, killed with its first bytes on the disk."""
+    make_meta(tmp_path / "meta", dim=512, vocab_size=60_000, ffn_dim=2048)
+    command = [sys.executable, "-m", "reshard", "convert", tmp_path / "meta", tmp_path / "out", "--to", "dcp"]
+    child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out.tmp-*/__0_0.distcp")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert len(list(tmp_path.glob("out.tmp-*"))) == 1
+    run(tmp_path / "meta", tmp_path / "out", options=Options(verify=True))
+    assert compare(open_source(tmp_path / "meta"), open_source(tmp_path / "out")).same()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta", "out"]

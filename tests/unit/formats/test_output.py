@@ -141,7 +141,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished_and_the_next_one
 
 
 def test_memory_is_shared_among_the_workers():
-    assert slab_bytes(1 << 40, 2) == 16 << 20
+    assert slab_bytes(1 << 40, 2) == 8 << 20
     assert slab_bytes(64 << 20, 4) == 4 << 20
     with pytest.raises(ConfigError, match="--max-memory"):
         slab_bytes(1 << 20, 8)
