@@ -4,7 +4,8 @@
     python benchmarks/convert.py --size 1B --rounds 5   2.5 GB; --size 8B: an 8B's width, 5.6 GB
     ... --transformers venv/bin/python                  the converter of transformers 4.46.3 (5.x has none), with accelerate
 
-The source is synthetic (Meta's files, bfloat16) and warm in the page cache before each run. All times end when the
+The source is synthetic (Meta's files, bfloat16) and warm in the page cache before each run, and the rest of the memory
+is page cache, too (memory.py says why). All times end when the
 bytes are on the disk: ours fsync by themselves, `sync FILE...` follows the others. Contestants run as commands of their
 own, one at a time, in an order that turns from round to round; ratios are of medians. Anonymous memory is sampled every
 3 ms; bytes read and written are the system's own count (rchar, wchar), which for Python includes its modules.
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -24,14 +24,18 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
 import numpy as np
+from memory import FullCache
 from numpy.typing import NDArray
+from page import processor
 
 from reshard.formats.meta_export import plan_meta
 from reshard.formats.output import write_output
@@ -78,7 +82,8 @@ class Noise:
     def fill(self, buffer: NDArray[np.uint8], start: int, stop: int, ledger: Ledger | None = None) -> None:
         """Any rows."""
         first = start * (self.nbytes // self.shape[0]) % len(self.block)
-        rolled = np.roll(self.block, -first)
+        # Each tensor's are other ones: an embedding and an output that are equal would make a tied model.
+        rolled = np.roll(self.block, -first - 2 * zlib.crc32(self.name.encode()))
         for at in range(0, len(buffer), len(rolled)):
             part = buffer[at : at + len(rolled)]
             part[:] = rolled[: len(part)]
@@ -106,8 +111,11 @@ class Run:
     written: int
 
 
-def measure(command: Sequence[str | Path], sync: Sequence[Path] = (), source: Path | None = None) -> Run:
+def measure(
+    command: Sequence[str | Path], cache: FullCache, sync: Sequence[Path] = (), source: Path | None = None
+) -> Run:
     """Run a command, then sync the files it made. Raises RuntimeError with its words where it fails."""
+    cache.fill()
     if source is not None:
         for file in (p for p in source.rglob("*") if p.is_file()):
             with file.open("rb", buffering=0) as stream:
@@ -193,21 +201,22 @@ def main() -> None:
     spec = SIZES[options.size]
     folder = Path(tempfile.mkdtemp(prefix=".benchmark-convert-", dir=options.folder or PROJECT))
     try:
+        cache = FullCache(folder)
         lines = [f"# {options.size}, {options.rounds} rounds, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"]
-        lines += [
-            f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-        ]
+        lines += [f"{os.cpu_count()} x {processor()}, torch {version('torch')}, load {os.getloadavg()[0]:.1f} before"]
         for shards in options.shards:
-            lines += ["", *table(folder, spec, shards, options.rounds, options.transformers)]
+            lines += ["", *table(folder, cache, spec, shards, options.rounds, options.transformers)]
         print("\n".join(lines))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def table(folder: Path, spec: LlamaSpec, shards: int, rounds: int, transformers: Path | None) -> list[str]:
+def table(
+    folder: Path, cache: FullCache, spec: LlamaSpec, shards: int, rounds: int, transformers: Path | None
+) -> list[str]:
     """Every contestant in every round."""
     meta, dcp, out = make_source(folder, spec, shards), folder / "dcp", folder / "out"
-    measure([sys.executable, "-m", "reshard", "convert", meta, dcp])
+    measure([sys.executable, "-m", "reshard", "convert", meta, dcp], cache)
     runs: dict[str, list[Run]] = {}
     failed: dict[str, str] = {}
     ways = contestants(meta, dcp, out, shards, transformers)
@@ -219,7 +228,7 @@ def table(folder: Path, spec: LlamaSpec, shards: int, rounds: int, transformers:
                 continue
             command, source, sync = ways[name]
             try:
-                runs.setdefault(name, []).append(measure(command, sync, source))
+                runs.setdefault(name, []).append(measure(command, cache, sync, source))
             except RuntimeError as error:
                 failed[name] = str(error).strip().splitlines()[-1][:90]
             if out.is_dir():

@@ -132,7 +132,10 @@ def case_save(folder: Path) -> Any:
 
 
 def case_load(folder: Path) -> Any:
+    import torch.distributed as dist
+
     import reshard
+    import reshard.checkpoint.load
 
     model, optimizer = model_and_optimizer(1)
     state = state_of(model, optimizer, step=0)
@@ -140,6 +143,12 @@ def case_load(folder: Path) -> Any:
     expected = json.loads((folder / "digests.json").read_text())
     assert before.keys() == expected.keys()
     assert before != expected
+    if dist.get_rank() > 0:  # one rank reads the index, for all
+
+        def refuse(*_: Any) -> Any:
+            raise AssertionError("a second rank has read the index")
+
+        reshard.checkpoint.load.open_index = refuse
     reshard.load(reshard.newest(folder), state)
     return "same" if digests(state) == expected else "different"
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reshard.checkpoint.index import Index
+from reshard.checkpoint.index import Boxes, Index
 from reshard.checkpoint.manifest import Manifest, TensorEntry
 from reshard.checkpoint.offers import Offer, Spread, spreads
 from reshard.checkpoint.ranks import Messages, Ranks
@@ -96,7 +96,9 @@ def want(index: Index, boxes: Mapping[str, Box]) -> Offer:
     """What a rank wants, told to the others. boxes: stored name -> its part of the tensor, which may be empty."""
     stored = index.tensors
     return Offer.of(
-        (name, TensorEntry(stored[name].shape, stored[name].dtype), box) for name, box in boxes.items() if box.volume
+        (name, TensorEntry(tensor.shape, tensor.dtype), box)
+        for name, box in boxes.items()
+        if box.volume and (tensor := stored[name])
     )
 
 
@@ -110,18 +112,18 @@ def plan(
     Raises IntegrityError where stored chunks do not cover what is wanted.
     """
     tensors = spreads(wants)
-    known: dict[tuple[int, tuple[Box, ...]], list[tuple[int, Box, tuple[tuple[int, Box], ...]]]] = {}
+    known: dict[tuple[int, Boxes], list[tuple[int, Box, tuple[tuple[int, Box], ...]]]] = {}
     own: list[Job] = []
     shared: list[Cut] = []
     for name, _, box in wants[rank]:
         spread, stored = tensors[name], index.tensors[name]
-        chunks = tuple(Box(chunk.offsets, chunk.sizes) for chunk in stored.chunks)
-        kind = id(spread), chunks
+        boxes = stored.boxes
+        kind = id(spread), boxes
         if kind not in known:
-            known[kind] = list(_cuts(spread, chunks, box, rank, whole_chunks=whole_chunks))
+            known[kind] = list(_cuts(spread, [Box(*b) for b in boxes], box, rank, whole_chunks=whole_chunks))
         filled = 0
         for number, rows, takers in known[kind]:
-            at, chunk = stored.chunks[number], chunks[number]
+            at, chunk = stored.chunks[number], Box(*boxes[number])
             job = Job(name, at.file, at.offset, at.length, dtype_from_name(stored.dtype), chunk, chunk)
             filled += next(part.volume for taker, part in takers if taker == rank)
             if len(takers) == 1:

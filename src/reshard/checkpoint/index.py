@@ -7,7 +7,7 @@ every chunk lies somewhere; no two items share bytes; nothing lies outside of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -23,6 +23,9 @@ from reshard.safe_pickle import loads
 from reshard.torch_zip import ITEM_BYTES, Archive, Placed, TensorView, open_archive, place
 
 MOST_BYTES = 2 << 30  # of an index: some 200 bytes for each stored chunk
+
+
+Boxes = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # offsets and sizes of several chunks
 
 
 class Chunk(NamedTuple):
@@ -41,7 +44,12 @@ class IndexedTensor:
 
     shape: tuple[int, ...]
     dtype: str
-    chunks: tuple[Chunk, ...]
+    chunks: Sequence[Chunk]
+
+    @property
+    def boxes(self) -> Boxes:
+        """Of the chunks, in their order."""
+        return tuple((chunk.offsets, chunk.sizes) for chunk in self.chunks)
 
 
 @dataclass(frozen=True)

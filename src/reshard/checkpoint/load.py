@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from reshard.checkpoint.index import Index, index_bytes, read_index
 from reshard.checkpoint.layout import Entry, entries, is_foreign, set_aside_before, step_directory
 from reshard.checkpoint.manifest import Manifest, read_manifest
 from reshard.checkpoint.offers import Offer
+from reshard.checkpoint.parcel import packed
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.reader import check_names, read_tensors
 from reshard.checkpoint.state import local_part
@@ -150,28 +151,32 @@ def _initial(path: Path, notes: tuple[str, ...]) -> Start:
 def load(directory: Path, state: Mapping[str, Tensor], ranks: Ranks, *, cast: bool = False) -> int:
     """Fill tensors from a checkpoint, by stored name. Collective; all ranks succeed or all raise.
 
-    Names, shapes and dtypes are compared before a byte is read. Returns this rank's bytes read.
+    Rank 0 reads the index for all. Names, shapes and dtypes are compared before a byte of a tensor is read. Returns this
+    rank's bytes read.
     Raises: TensorMismatch, IntegrityError, StorageError.
     """
 
-    def look() -> tuple[Manifest | None, Index]:
-        manifest, index = open_index(directory)
-        check_names(directory, index, state, cast=cast)
-        return manifest, index
-
+    manifest, index = ranks.on_first(lambda: _opened(directory, alone=ranks.size == 1))
     if ranks.size == 1:
-        manifest, index = look()
+        check_names(directory, index, state, cast=cast)
         return read_tensors(directory, index, state, manifest=manifest)
-    opened: list[tuple[Manifest | None, Index]] = []
     parts = {name: local_part(tensor) for name, tensor in state.items()}
 
-    def look_and_want() -> Offer:
-        opened.append(look())
-        return want(opened[0][1], {name: box for name, (_, box) in parts.items()})
+    def check_and_want() -> Offer:
+        check_names(directory, index, state, cast=cast)
+        return want(index, {name: box for name, (_, box) in parts.items()})
 
-    wants = ranks.everywhere(look_and_want)
-    manifest, index = opened[0]
+    wants = ranks.everywhere(check_and_want)
     return read_exchanging(directory, index, parts, wants, ranks, manifest=manifest)
+
+
+def _opened(directory: Path, *, alone: bool) -> tuple[Manifest | None, Index]:
+    """Manifest and index, for this rank alone or to be sent to the others, who need of the manifest the files only."""
+    manifest, index = open_index(directory)
+    if alone:
+        return manifest, index
+    files = None if manifest is None else replace(manifest, tensors={}, config=None)
+    return files, packed(index)
 
 
 def open_index(directory: Path) -> tuple[Manifest | None, Index]:
