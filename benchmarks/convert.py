@@ -201,7 +201,7 @@ def main() -> None:
     spec = SIZES[options.size]
     folder = Path(tempfile.mkdtemp(prefix=".benchmark-convert-", dir=options.folder or PROJECT))
     try:
-        cache = FullCache(folder)
+        cache = FullCache(folder / "holes")
         lines = [f"# {options.size}, {options.rounds} rounds, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"]
         lines += [f"{os.cpu_count()} x {processor()}, torch {version('torch')}, load {os.getloadavg()[0]:.1f} before"]
         for shards in options.shards:

@@ -15,10 +15,10 @@ _STEP = 1 << 20
 
 
 class FullCache:
-    """The page cache, to be filled again and again. folder: where the file with holes is made."""
+    """The page cache, to be filled again and again. path: where the file with holes is made."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path, self._at = folder / "holes", 0
+    def __init__(self, path: Path) -> None:
+        self._path, self._at = path, 0
         self._bytes = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         with self._path.open("wb") as file:
             file.truncate(self._bytes)

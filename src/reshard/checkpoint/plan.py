@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,20 +42,40 @@ class Planner:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._plans: dict[bytes, SavePlan] = {}
+        self._plans: dict[object, SavePlan] = {}
 
     def plan(self, pieces: Iterable[Piece], paths: Mapping[str, tuple[str, ...]]) -> SavePlan:
-        """The plan for what all ranks offer. Collective: one number where nobody's offer is new, else one gathering.
+        """The plan for what all ranks offer. Collective: one number where nobody's offer is new, else one gathering."""
+        return self.begin(pieces, paths).plan()
 
-        The key is a digest of everything that decides the plan: names, shapes, dtypes, boxes and paths. A rank whose
-        own offer it knows still takes part in the gathering when another's has changed.
+    def begin(self, pieces: Iterable[Piece], paths: Mapping[str, tuple[str, ...]]) -> Planning:
+        """Ask whether anybody's offer is new, without waiting for the answer. Collective, as is its `plan`.
+
+        Plans are found by everything that decides them: names, shapes, dtypes, boxes and paths. A rank whose own offer
+        it knows still takes part in the gathering when another's has changed.
         """
-        offer = offer_of(pieces, paths)
-        key = hashlib.blake2b(offer.packed + repr(offer.boxes).encode(), digest_size=16).digest()
-        (news,) = self._ranks.maximum(int(key not in self._plans))
-        if news:
-            self._plans[key] = make_plan(self._ranks.everywhere(lambda: offer), self._ranks.rank)
-        return self._plans[key]
+        pieces = list(pieces)
+        key = tuple((p.fqn, p.shape, p.dtype, p.box) for p in pieces), tuple(paths.items())
+        guess = self._plans.get(key)
+        news = self._ranks.begin_maximum(int(guess is None))
+
+        def answer() -> SavePlan:
+            (any_news,) = news()
+            if guess is not None and not any_news:
+                return guess
+            offers = self._ranks.everywhere(lambda: offer_of(pieces, paths))
+            self._plans[key] = make_plan(offers, self._ranks.rank)
+            return self._plans[key]
+
+        return Planning(guess, answer)
+
+
+@dataclass(frozen=True)
+class Planning:
+    """A plan that the ranks are agreeing on. guess: what it will be if nobody's offer is new; None: this rank's is."""
+
+    guess: SavePlan | None
+    plan: Callable[[], SavePlan]
 
 
 def offer_of(pieces: Iterable[Piece], paths: Mapping[str, tuple[str, ...]]) -> Offer:

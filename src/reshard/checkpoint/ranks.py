@@ -58,14 +58,23 @@ class Ranks:
 
     def maximum(self, *values: int) -> list[int]:
         """The largest of each value over all ranks: one small round. Collective."""
+        return self.begin_maximum(*values)()
+
+    def begin_maximum(self, *values: int) -> Callable[[], list[int]]:
+        """The same, while this rank does something else; call what is returned for the answer. Collective."""
         if self._group is None:
-            return list(values)
+            return lambda: list(values)
         import torch
         import torch.distributed as dist
 
         tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
-        return [int(value) for value in tensor.tolist()]
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+        def answer() -> list[int]:
+            work.wait()
+            return [int(value) for value in tensor.tolist()]
+
+        return answer
 
     @contextmanager
     def messages(self) -> Iterator[Messages]:

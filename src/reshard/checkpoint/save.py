@@ -22,7 +22,7 @@ from reshard.checkpoint.layout import METADATA, entries, step_of
 from reshard.checkpoint.manifest import FileEntry, Kind, Manifest, TensorEntry, crc32_hex
 from reshard.checkpoint.metadata import write_metadata
 from reshard.checkpoint.offers import Offer
-from reshard.checkpoint.plan import Planner, SavePlan, make_plan
+from reshard.checkpoint.plan import Planner, Planning, SavePlan, make_plan
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.state import Box, Piece, State, flatten, pieces_of
 from reshard.checkpoint.writer import Places, Stored, Written, write_pieces
@@ -66,10 +66,22 @@ def save(
 @collector_at_rest()
 def plan_save(state: State, dtype: torch.dtype | None, planner: Planner) -> tuple[list[Piece], SavePlan]:
     """The pieces that this rank will write, and the plan for all. Collective."""
+    offered, planning = begin_plan(state, dtype, planner)
+    plan = planning.plan()
+    return mine(offered, plan), plan
+
+
+@collector_at_rest()
+def begin_plan(state: State, dtype: torch.dtype | None, planner: Planner) -> tuple[list[Piece], Planning]:
+    """All pieces that this rank holds, and the plan that the ranks are agreeing on. Collective."""
     flat = flatten(state)
     offered = [p for fqn, (_, t) in flat.items() for p in pieces_of(fqn, t, dtype if t.is_floating_point() else None)]
-    plan = planner.plan(offered, {fqn: path for fqn, (path, _) in flat.items()})
-    return [p for p in offered if (p.fqn, p.box) in plan.mine], plan
+    return offered, planner.begin(offered, {fqn: path for fqn, (path, _) in flat.items()})
+
+
+def mine(offered: Iterable[Piece], plan: SavePlan) -> list[Piece]:
+    """Those that this rank is to write."""
+    return [p for p in offered if (p.fqn, p.box) in plan.mine]
 
 
 @collector_at_rest()

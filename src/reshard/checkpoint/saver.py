@@ -23,7 +23,7 @@ from reshard.checkpoint.blocks import Throttle
 from reshard.checkpoint.manifest import Manifest
 from reshard.checkpoint.plan import Planner
 from reshard.checkpoint.ranks import Ranks
-from reshard.checkpoint.save import About, plan_save, write_and_commit
+from reshard.checkpoint.save import About, begin_plan, mine, plan_save, write_and_commit
 from reshard.checkpoint.state import Piece, State, dtype_from_name
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._outcome: Saved | BaseException | None = None
         self._copied: Any = None  # CUDA event: the arena has everything
+        self._stream: Any = None  # CUDA stream: one, so that copies into the arena follow each other
         self.last_save_id: str | None = None
 
     def start(self, directory: Path, state: State, about: About, dtype: torch.dtype | None = None) -> list[Saved]:
@@ -65,13 +66,18 @@ class Saver:
         over = self.collect()
         began = time.perf_counter()
         about = replace(about, parent=self.last_save_id or about.parent)
-        pieces, plan = plan_save(state, dtype, self._planner)
         if self._background is None:
+            pieces, plan = plan_save(state, dtype, self._planner)
             manifest = write_and_commit(directory, pieces, plan, about, self._ranks)
             self.last_save_id = manifest.save_id
             seconds = time.perf_counter() - began
             return [*over, Saved(directory, manifest, seconds, seconds)]
-        staged = self._stage(pieces)
+        # That nobody's part has changed is agreed on while we copy: ranks that come late are not waited for twice.
+        offered, planning = begin_plan(state, dtype, self._planner)
+        staged = [] if planning.guess is None else self._stage(mine(offered, planning.guess))
+        plan = planning.plan()
+        if plan is not planning.guess:
+            staged = self._stage(mine(offered, plan))
         stall = time.perf_counter() - began
         copied, ranks, throttle = self._copied, self._background, _throttle(self._write_limit)
 
@@ -79,6 +85,7 @@ class Saver:
             try:
                 if copied is not None:
                     copied.synchronize()
+                ranks.maximum(0)  # nobody writes while another still copies, and its training waits
                 manifest = write_and_commit(directory, staged, plan, about, ranks, throttle)
                 self._outcome = Saved(directory, manifest, stall, time.perf_counter() - began)
             except BaseException as error:  # the thread's own end: it is raised again by `collect`, on every rank
@@ -121,7 +128,9 @@ class Saver:
         if self._arena is None or self._arena.numel() < total:
             self._arena = None  # free the old one first
             self._arena = torch.empty(total, dtype=torch.uint8, pin_memory=on_cuda)
-        stream = torch.cuda.Stream() if on_cuda else None  # type: ignore[no-untyped-call]
+        if on_cuda and self._stream is None:
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = self._stream if on_cuda else None
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream())
         staged = []
