@@ -633,6 +633,7 @@ def main() -> None:
         be_rank(json.loads(options.as_rank))
         return
     lines: list[str] = []
+    load = os.getloadavg()[0]
     options.place.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.place, prefix="benchmark-") as folder:
         for part in options.only:
@@ -647,8 +648,8 @@ def main() -> None:
             lines += told
     head = [
         f"{datetime.now(UTC):%Y-%m-%d}, {options.rounds} rounds, {os.cpu_count()} x {processor()}, Linux "
-        f"{platform.release()}, torch {torch.__version__}, {shutil.disk_usage(options.place).total / 2**30:.0f} GiB disk. "
-        "Other work ran on the machine at the same time.", "",
+        f"{platform.release()}, torch {torch.__version__}, {shutil.disk_usage(options.place).total / 2**30:.0f} GiB disk, "
+        f"load {load:.1f} before.", "",
         f"    python benchmarks/checkpoint.py {' '.join(sys.argv[1:])}".rstrip(), "",
     ]  # fmt: skip
     text = "\n".join([*head, *lines])

@@ -32,6 +32,7 @@ from reshard.checkpoint.index import read_index
 from reshard.checkpoint.manifest import TensorEntry
 from reshard.checkpoint.metadata import write_metadata
 from reshard.checkpoint.offers import Offer
+from reshard.checkpoint.parcel import packed
 from reshard.checkpoint.plan import SavePlan, make_plan
 from reshard.checkpoint.state import Box
 from reshard.checkpoint.writer import Places
@@ -112,7 +113,10 @@ def measure(ranks: int) -> dict[str, Any]:
     clock("own part", lambda: plan.mine)
     content = clock("index written", lambda: index_of(plan, ranks))
     folder = Path("step-1")
-    found = clock("index read", lambda: read_index(content, folder))
+    read = clock("index read", lambda: read_index(content, folder))
+    parcel = clock("index packed", lambda index=read: pickle.dumps(packed(index), protocol=5))
+    del read
+    found = clock("index unpacked", lambda: pickle.loads(parcel))  # noqa: S301
     for name, tp in (("load plan", TP), ("load plan, TP halved", TP // 2)):
         wants = offers_of(ranks, tp)
         own, slabs = clock(name, lambda w=wants: exchange.plan(folder, found, w, 0, whole_chunks=False))
@@ -124,6 +128,7 @@ def measure(ranks: int) -> dict[str, Any]:
         "offer": len(pickle.dumps(offer, protocol=5)),
         "offers": sum(len(pickle.dumps(o, protocol=5)) for o in offers),
         "index": len(content),
+        "parcel": len(parcel),
         "clock": clock.seen,
     }
 
@@ -134,7 +139,7 @@ def tell(results: list[dict[str, Any]]) -> list[str]:
         row(name, *(f"{result[key]:,}" for result in results))
         for name, key in (
             ("tensors", "tensors"), ("chunks on disk", "chunks"), ("bytes of one offer", "offer"),
-            ("bytes of all offers", "offers"), ("bytes of .metadata", "index"),
+            ("bytes of all offers", "offers"), ("bytes of .metadata", "index"), ("bytes of the index as it is sent", "parcel"),
         )
     ]  # fmt: skip
     said = {
@@ -142,7 +147,9 @@ def tell(results: list[dict[str, Any]]) -> list[str]:
         "save plan": "plan of the save, every rank",
         "own part": "what this rank writes, every rank",
         "index written": "index written, rank 0",
-        "index read": "index read and checked, every rank",
+        "index read": "index read and checked, rank 0",
+        "index packed": "index packed to be sent, rank 0",
+        "index unpacked": "index received, every rank",
         "load plan": "plan of a load, same layout, every rank",
         "load plan, TP halved": "plan of a load, TP 4 from TP 8, every rank",
     }

@@ -63,6 +63,12 @@ def test_torchs_save_and_load_through_the_adapters(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_background_saves_whose_parts_change_on_one_rank(tmp_path: Path) -> None:
+    """What the other one had staged by the old plan is not what it has to write."""
+    assert on_ranks(2, "news", tmp_path) == ["same", "same"]
+
+
+@pytest.mark.slow
 def test_mistakes_are_the_same_error_on_all_ranks(tmp_path: Path) -> None:
     seen = on_ranks(2, "mistakes", tmp_path)
     assert seen[0] == seen[1]
@@ -176,6 +182,37 @@ def case_adapters(folder: Path) -> Any:
         dcp.load(other, storage_reader=reader(folder / name))
         if digests(other) != expected:
             return f"different: {name} by {reader.__name__}"
+    return "same"
+
+
+def case_news(folder: Path) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    from reshard.checkpoint.load import load
+    from reshard.checkpoint.ranks import Ranks
+    from reshard.checkpoint.save import About
+    from reshard.checkpoint.saver import Saver
+
+    rank = dist.get_rank()
+    ranks, background = (Ranks(dist.new_group(backend="gloo")) for _ in range(2))
+    by_rank_0 = []
+    with Saver(ranks, background) as saver:
+        for step in (1, 2, 3, 4):
+            replicas = {f"w{i}": torch.full((50_000,), 100.0 * step + i) for i in range(8)}
+            state = {**replicas, **({"extra": torch.ones(400_000)} if rank == 1 and step > 2 else {})}
+            directory = folder / f"news-{step}"
+            saver.start(directory, state, About(step=step, kind="full", source={"kind": "test"}))
+            for tensor in state.values():
+                tensor.fill_(-1)  # training goes on
+            saver.collect()
+            by_rank_0.append((directory / "__0_0.distcp").stat().st_size)
+            found = {name: torch.zeros(50_000) for name in replicas}
+            load(directory, found, ranks)
+            for i, tensor in enumerate(found.values()):
+                if not torch.equal(tensor, torch.full_like(tensor, 100.0 * step + i)):
+                    return f"different: w{i} of step {step}"
+    assert by_rank_0[0] == by_rank_0[1] < 900_000 < 1_600_000 < by_rank_0[2] == by_rank_0[3]
     return "same"
 
 
