@@ -56,6 +56,7 @@ IMPORTS = {
     "start-up with torch": "import reshard.cli, reshard.commands.convert, reshard.checkpoint.save",
     "start-up of torch's DCP": "import torch.distributed.checkpoint.format_utils",
 }
+BLOCK_NUMBERS = (1 << 19) - 1  # a prime: with a round number all KV heads would be equal, and taken for copies of one
 _CONVERTER = "transformers.models.llama.convert_llama_weights_to_hf"
 # Its own command asks for a tokenizer, which these files have none of; this is the function that it calls.
 TRANSFORMERS = (
@@ -66,7 +67,7 @@ TRANSFORMERS = (
 
 @dataclass(frozen=True)
 class Noise:
-    """A tensor of bfloat16 numbers near 1 that nobody has to store: a block of a megabyte, over and over."""
+    """A tensor of bfloat16 numbers near 1 that nobody has to store: a block of about a megabyte, over and over."""
 
     name: str
     shape: tuple[int, ...]
@@ -91,7 +92,7 @@ class Noise:
 
 def make_source(folder: Path, spec: LlamaSpec, shards: int) -> Path:
     """Meta's files of random numbers."""
-    bits = np.random.default_rng(0).normal(size=1 << 19).astype(np.float32).view(np.uint32)
+    bits = np.random.default_rng(0).normal(size=BLOCK_NUMBERS).astype(np.float32).view(np.uint32)
     block = (bits >> 16).astype(np.uint16).view(np.uint8)
     tensors = {name: Noise(name, shape, block) for name, shape in parameter_shapes(spec).items()}
     source = Source(folder, spec, tensors, {})

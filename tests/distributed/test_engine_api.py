@@ -212,7 +212,8 @@ def case_news(folder: Path) -> Any:
             for i, tensor in enumerate(found.values()):
                 if not torch.equal(tensor, torch.full_like(tensor, 100.0 * step + i)):
                     return f"different: w{i} of step {step}"
-    assert by_rank_0[0] == by_rank_0[1] < 900_000 < 1_600_000 < by_rank_0[2] == by_rank_0[3]
+    assert by_rank_0[0] == by_rank_0[1] < 900_000  # half of them; then rank 1 is busy with what it has got
+    assert by_rank_0[2] == by_rank_0[3] > 1_600_000
     return "same"
 
 

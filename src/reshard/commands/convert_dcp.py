@@ -67,7 +67,7 @@ def to_dcp(
     tensors = dcp_tensors(source, dtype)
     total = sum(tensor.nbytes for tensor in tensors.values())
     check_space(out, total)
-    slab = slab_bytes(max(0, memory - FLOOR_WITH_TORCH_BYTES), workers)
+    slab = slab_bytes(memory, workers, FLOOR_WITH_TORCH_BYTES)
     from reshard.checkpoint.save import About, commit_weights
 
     ledger = Ledger(drops=floods(2 * total))

@@ -30,6 +30,7 @@ from reshard.formats.protocol import ITEM_BYTES, LazyTensor, Ledger, Region, sla
 
 DEFAULT_MEMORY = 512 << 20  # of a conversion, the interpreter included
 MOST_SLAB_BYTES = 8 << 20  # more does not get faster
+LEAST_SLAB_BYTES = 256 << 10
 COPIES = 4  # of a slab that a worker may hold: as stored, merged, permuted, cast
 _FLUSH_BYTES = 128 << 20  # of a file that may wait for the disk
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}\Z")
@@ -185,12 +186,16 @@ class _Zero(dict[Place, int]):
         return 0
 
 
-def slab_bytes(memory: int, workers: int) -> int:
-    """How large may a slab be, for all workers together to stay below so much memory? Raises ConfigError."""
-    size = min(MOST_SLAB_BYTES, memory // (workers * COPIES))
-    if size < 1 << 18:
+def slab_bytes(memory: int, workers: int, floor: int = 0) -> int:
+    """How large may a slab be, for all workers together to stay below so much memory? Raises ConfigError.
+
+    floor: of the memory, what is taken before a byte is read.
+    """
+    size = min(MOST_SLAB_BYTES, (memory - floor) // (workers * COPIES))
+    if size < LEAST_SLAB_BYTES:
+        least = (floor + workers * COPIES * LEAST_SLAB_BYTES) / 2**20
         raise ConfigError(
-            f"--max-memory leaves {memory / 2**20:.0f} MiB for {workers} workers, expected {workers * COPIES / 4:.0f} or more",
+            f"--max-memory of {memory / 2**20:.0f} MiB is too little for {workers} workers: {least:.0f} MiB or more",
             hint="give more memory, or fewer --workers",
         )
     return size
@@ -293,6 +298,7 @@ def write_output(
     ledger: Ledger,
     *,
     memory: int,
+    floor: int = 0,
     workers: int = 2,
     verify: bool = False,
     advance: Callable[[int], object] = lambda done: None,
@@ -300,13 +306,14 @@ def write_output(
 ) -> None:
     """Write an export; it appears under its name whole and durable, or not at all.
 
-    memory: bytes that the slabs of all workers may take. verify: read everything back and compare.
+    memory: bytes that may be taken, `floor` of which are already; the slabs of all workers stay within the rest.
+    verify: read everything back and compare.
     open_file: where the bytes go instead of new files on disk.
     Raises FormatError (a source that is damaged or ends early; a target in use), StorageError (the disk),
     ConfigError (too little memory).
     """
     check_layout(output)
-    slab = slab_bytes(memory, workers)
+    slab = slab_bytes(memory, workers, floor)
     refuse_existing(target)
     if open_file is None:
         check_space(target, output.nbytes)
