@@ -56,10 +56,12 @@ def _format_of_directory(path: Path) -> str:
         )
     if list(path.glob("consolidated*.pth")):
         return "meta"  # and says that params.json is missing
+    inside = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and entries(folder)]
+    expected = "a DCP, Meta or Hugging Face directory, or a .pt, .safetensors or .gguf file is expected"
     raise FormatError(
         f"`{path}` holds no weights in a format that is known",
         path=path,
-        hint="a DCP, Meta or Hugging Face directory, or a .pt, .safetensors or .gguf file is expected",
+        hint=f"its checkpoints are in {inside[0]}" if inside else expected,
     )
 
 

@@ -448,3 +448,13 @@ def test_a_conversion_that_is_killed_leaves_no_checkpoint_and_the_next_one_works
     run(tmp_path / "meta", tmp_path / "out", options=Options(verify=True))
     assert compare(open_source(tmp_path / "meta"), open_source(tmp_path / "out")).same()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meta", "out"]
+
+
+def test_a_run_is_told_from_its_checkpoints(tmp_path):
+    """`outputs` where `outputs/checkpoint` was meant."""
+    (tmp_path / "outputs" / "tokens").mkdir(parents=True)
+    make_meta(tmp_path / "meta")
+    run(tmp_path / "meta", tmp_path / "outputs" / "checkpoint" / "step-7")
+    with pytest.raises(FormatError, match="holds no weights") as caught:
+        format_of(tmp_path / "outputs")
+    assert caught.value.hint == f"its checkpoints are in {tmp_path / 'outputs' / 'checkpoint'}"
