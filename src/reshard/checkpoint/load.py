@@ -155,7 +155,6 @@ def load(directory: Path, state: Mapping[str, Tensor], ranks: Ranks, *, cast: bo
     rank's bytes read.
     Raises: TensorMismatch, IntegrityError, StorageError.
     """
-
     manifest, index = ranks.on_first(lambda: _opened(directory, alone=ranks.size == 1))
     if ranks.size == 1:
         check_names(directory, index, state, cast=cast)

@@ -68,6 +68,7 @@ def to_dcp(
     total = sum(tensor.nbytes for tensor in tensors.values())
     check_space(out, total)
     slab = slab_bytes(memory, workers, FLOOR_WITH_TORCH_BYTES)
+    from reshard.checkpoint.layout import step_of
     from reshard.checkpoint.save import About, commit_weights
 
     ledger = Ledger(drops=floods(2 * total))
@@ -77,7 +78,8 @@ def to_dcp(
 
         def write(temporary: Path) -> WrittenWeights:
             until_committed.enter_context(alive(temporary))
-            remove_dead(out)
+            if step_of(out) is None:  # what has a step's name may be a living run's, and is for `recover` to judge
+                remove_dead(out)
             return _write(tensors, temporary, ledger, slab, workers, source.path.name)
 
         manifest = commit_weights(out, write, about)

@@ -458,3 +458,14 @@ def test_a_run_is_told_from_its_checkpoints(tmp_path):
     with pytest.raises(FormatError, match="holds no weights") as caught:
         format_of(tmp_path / "outputs")
     assert caught.value.hint == f"its checkpoints are in {tmp_path / 'outputs' / 'checkpoint'}"
+
+
+def test_what_a_living_run_writes_is_not_taken_for_a_dead_conversions(tmp_path):
+    """A run's own save of the same step has no lock of ours on it."""
+    make_meta(tmp_path / "meta")
+    living, dead = (tmp_path / f"{name}.tmp-{'0' * 16}" for name in ("step-0", "out"))
+    for name, folder in (("step-0", living), ("out", dead)):
+        folder.mkdir()
+        run(tmp_path / "meta", tmp_path / name)
+    assert living.exists()
+    assert not dead.exists()
