@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,16 +241,19 @@ def test_no_disk_space_at_the_start(shell: Any, tiny: str, small_disk: Path) -> 
 
 
 def test_no_room_for_a_model_larger_than_the_disk(tmp_path: Path) -> None:
-    """The real disk, and the largest Llama's 4.9 TB."""
+    """The real disk, and more than any has: the largest Llama's 4.9 TB, and where a disk holds that, a larger vocabulary."""
     from reshard.config import Config
     from reshard.errors import StorageError
     from reshard.model.spec import FLAVORS
     from reshard.train.space import check_space
 
-    if shutil.disk_usage(tmp_path).free > 4.8e12:
-        pytest.skip("the disk here holds even that")
-    with pytest.raises(StorageError, match=r"GB free, one checkpoint takes 4870\.24 GB"):
-        check_space(tmp_path, FLAVORS["405B"], Config())
+    largest = FLAVORS["405B"]
+    sizes = {r"432350384\.04": replace(largest, vocab_size=1 << 40)}
+    if shutil.disk_usage(tmp_path).free < 4.8e12:
+        sizes[r"4870\.24"] = largest
+    for size, spec in sizes.items():
+        with pytest.raises(StorageError, match=rf"GB free, one checkpoint takes {size} GB"):
+            check_space(tmp_path, spec, Config())
 
 
 def test_a_second_run_in_the_same_folder(shell: Any, tiny: str, tmp_path: Path, project: Path) -> None:

@@ -44,12 +44,9 @@ class Planner:
         self._ranks = ranks
         self._plans: dict[object, SavePlan] = {}
 
-    def plan(self, pieces: Iterable[Piece], paths: Mapping[str, tuple[str, ...]]) -> SavePlan:
-        """The plan for what all ranks offer. Collective: one number where nobody's offer is new, else one gathering."""
-        return self.begin(pieces, paths).plan()
-
     def begin(self, pieces: Iterable[Piece], paths: Mapping[str, tuple[str, ...]]) -> Planning:
-        """Ask whether anybody's offer is new, without waiting for the answer. Collective, as is its `plan`.
+        """Ask whether anybody's offer is new, without waiting for the answer. Collective, as is its `plan`: one number
+        where nobody's is, else one gathering.
 
         Plans are found by everything that decides them: names, shapes, dtypes, boxes and paths. A rank whose own offer
         it knows still takes part in the gathering when another's has changed.
