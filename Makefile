@@ -4,7 +4,7 @@
 #   make demo      seed, train, change the layout, export, evaluate: a few minutes on two CPU cores
 #   make check     format, lint, types, house rules, fast tests (under 5 minutes): run it before every commit
 #   make test      everything that CI runs
-#   make proof     what takes longer or needs foreign programs
+#   make proof     what takes longer or needs foreign programs; one part of it: make proof PART=faults (a folder of tests/proof)
 #   make size      lines by room
 #   make lock      renew requirements.lock from pyproject.toml
 
@@ -14,6 +14,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 IN_PARALLEL := -n $(WORKERS) --dist loadfile
+PARTS := $(patsubst %/,%,$(filter-out %__pycache__/,$(wildcard tests/proof/*/)))
 DEV_TOOLS := editables hatchling import-linter mypy pytest pytest-timeout pytest-xdist ruff safetensors transformers
 
 .PHONY: install demo check test proof size lock
@@ -41,7 +42,8 @@ test: install
 	$(PYTEST) $(IN_PARALLEL) tests --ignore tests/proof
 
 proof: install
-	$(PYTEST) tests/proof
+	@test -d tests/proof/$(PART) || { echo "there is no part $(PART) of the proof, there are: $(notdir $(PARTS))" >&2; exit 2; }
+	$(PYTEST) tests/proof/$(PART) --durations 3
 
 size:
 	@for room in $(sort $(dir $(wildcard src/reshard/*/__init__.py))) 'src/reshard -maxdepth 1' scripts tests; do \

@@ -1,7 +1,7 @@
 """What is the whole job? Seed, train, change the layout, export, evaluate: each step is a command that you could type.
 
 `make demo` runs it: a Llama of 6.6 million parameters on real text, on two CPU cores, in two to four minutes.
-tests/proof/test_demo_layouts.py takes the settings from here.
+tests/proof/layouts/test_demo_layouts.py takes the settings from here.
 """
 
 from __future__ import annotations

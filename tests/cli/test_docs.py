@@ -25,7 +25,7 @@ OTHERS = ("python", "toml", "json", "")
 
 # What begins so is not run here: why, and what runs it instead where something does.
 ELSEWHERE: dict[str, tuple[str, str]] = {
-    "make demo": ("minutes", "tests/proof/test_pages.py::test_the_demo"),
+    "make demo": ("minutes", "tests/proof/users/test_pages.py::test_the_demo"),
     "make test": ("it runs this test", ".ci/run"),
     "source .venv/bin/activate": ("needs `make install`", "tests/cli/test_readme.py::test_from_metas_weights_to_one_file"),
     "python3 scripts/convert_llama_to_dcp.py Meta-": ("8B", "tests/cli/test_readme.py::test_from_metas_weights_to_one_file"),
@@ -37,9 +37,9 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "torchrun --nproc-per-node 8 -m reshard train": ("8 GPUs", "tests/cli/test_configs.py::test_every_recipe_fits"),
     "NNODES=": ("several nodes", "tests/cli/test_run_script.py::test_two_nodes_without_a_scheduler"),
     "sbatch --nodes": ("SLURM", "tests/cli/test_run_script.py::test_the_slurm_script_on_one_node"),
-    "reshard parity": ("many processes", "tests/proof/test_pages.py::test_parity_as_the_pages_have_it"),
-    "llama-cli": ("llama.cpp", "tests/proof/test_formats_llamacpp.py::test_same_tokens_and_same_continuation"),
-    "tune ": ("torchtune", "tests/proof/test_formats_torchtune.py::test_equal_logits"),
+    "reshard parity": ("many processes", "tests/proof/users/test_pages.py::test_parity_as_the_pages_have_it"),
+    "llama-cli": ("llama.cpp", "tests/proof/formats/test_formats_llamacpp.py::test_same_tokens_and_same_continuation"),
+    "tune ": ("torchtune", "tests/proof/formats/test_formats_torchtune.py::test_equal_logits"),
     "python benchmarks/": ("minutes, and a quiet machine", ""),
     "vllm serve": ("vLLM needs a GPU; the page says that it was not run", ""),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Are saves in the background the saves that a run would have made at once? Short; the rest is in tests/proof/test_async.py."""
+"""Are saves in the background the saves that a run would have made at once? The rest: tests/proof/faults/test_async.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does every axis, and every schedule, compute what one process computes? The short form of tests/proof/test_matrix.py."""
+"""Does every axis, and every schedule, compute what one process computes? Short: proof/layouts/test_matrix.py."""
 
 from __future__ import annotations
 

@@ -241,3 +241,8 @@ def test_what_is_installed_is_what_the_lock_says() -> None:
 
     wrong = {name: (want, installed(name)) for name, want in pins().items() if installed(name) != want}
     assert wrong == {}
+
+
+def test_every_proof_belongs_to_a_part() -> None:
+    """`make proof PART=name` runs a folder of tests/proof; a test outside of these folders is in no part."""
+    assert not list((PROJECT / "tests" / "proof").glob("test_*.py"))

@@ -50,7 +50,7 @@ def test_a_sequence_that_does_not_divide_is_refused_with_the_numbers(cp: int, se
 
 @pytest.fixture
 def alone() -> Iterator[dist.ProcessGroup]:
-    """A group of this process only; tests/proof/test_matrix.py has real ones."""
+    """A group of this process only; tests/proof/layouts/test_matrix.py has real ones."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()

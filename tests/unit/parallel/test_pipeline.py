@@ -154,7 +154,7 @@ def test_every_layer_is_one_ranks_and_both_ends_are_there(schedule: str, pp: int
     assert [part.head for part in in_order] == [False] * (len(parts) - 1) + [True]
 
 
-# -- tied embeddings; between ranks: tests/proof/test_matrix.py
+# -- tied embeddings; between ranks: tests/proof/layouts/test_matrix.py
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from proof.launch import base_config, on_layout, world_size
 from reshard.config import config_to_toml

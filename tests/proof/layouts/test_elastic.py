@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from proof.launch import Ranks, Seen, base_config, on_layout
 from reshard.text import TrainingText, prepare

@@ -20,7 +20,7 @@ from reshard.formats.meta import write_meta
 from reshard.model.llama import Llama
 from reshard.model.spec import LlamaSpec, RopeScaling, parameter_shapes
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 VENV = ROOT / ".venv-torchtune"
 # torch first and alone, then held while the others are resolved: torchao's newest breaks torchtune's import.
 PINS = ("torch==2.13.0", "torchao==0.15.0", "torchtune==0.6.1")

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from proof.browser import Browser
 from proof.launch import Ranks, base_config, on_layout
+from proof.users.browser import Browser
 from reshard.commands.export import export
 
 STEPS = 48

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from proof.launch import Ranks, base_config, on_layout, stored_items
 from reshard.commands import parity

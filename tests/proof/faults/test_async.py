@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[3]
 MODEL = {
     "dim": 128,
     "n_layers": 3,

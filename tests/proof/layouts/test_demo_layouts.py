@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[3]
 TOLERANCE = 1e-3  # what was asked for; 6e-8 was measured
 
 

@@ -18,7 +18,7 @@ from reshard.formats.meta import write_meta
 from reshard.model.llama import Llama
 from reshard.model.spec import LlamaSpec, RopeScaling, parameter_shapes
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HOME = ROOT / ".venv-llamacpp"
 PIN = "node-llama-cpp@3.22.1"
 GENERATED = 32

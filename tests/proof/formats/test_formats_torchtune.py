@@ -20,7 +20,7 @@ from reshard.formats.torchtune import builder_of
 from reshard.model.llama import Llama
 from reshard.model.spec import FLAVORS, LlamaSpec, RopeScaling, flavor, parameter_count, parameter_shapes
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 VENV = ROOT / ".venv-torchtune"
 PINS = ("torch==2.13.0", "torchao==0.15.0", "torchtune==0.6.1")
 TOKENS = 96

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from faults import campaign, crash, states, stories
 from faults.campaign import DIED, HARMLESS, REFUSED, UNSAID, WRONG, Tally
