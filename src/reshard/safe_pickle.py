@@ -54,6 +54,23 @@ def _named(path: Path | str) -> str:
     return f"{path}: " if str(path) else ""
 
 
+class Members:
+    """Stands for an enum class, whose members come by their values, or as Python 3.11.0 to 3.11.3 pickle them.
+
+    These write `getattr(class, name)`. Nothing else is ever done with `builtins.getattr`. values: of the members, by name.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+
+    def __call__(self, value: Any) -> Any:
+        """The member of a value: here the value itself, which may be a later version's."""
+        return value
+
+
+_GETATTR = object()  # what a pickle gets for `builtins.getattr`, where it may name members of some enum at all
+
+
 class _DamagedError(Exception):
     """The opcodes do not fit each other."""
 
@@ -72,6 +89,7 @@ class _Machine:
         self.allowed, self.persistent_load, self.path = allowed, persistent_load, path
         self.callables = {id(value) for value in allowed.values() if callable(value)}
         self.classes = {value for value in allowed.values() if isinstance(value, type)}
+        self.enums = {id(value) for value in allowed.values() if isinstance(value, Members)}
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: list[Any] = []
@@ -243,18 +261,34 @@ class _Machine:
     def _find(self, module: Any, name: Any) -> object:
         if type(module) is not str or type(name) is not str:
             raise _DamagedError("a global is named by what is not text")
-        if (module, name) not in self.allowed:
-            raise FormatError(
-                f"{_named(self.path)}the pickle asks for `{f'{module}.{name}'[:_SHOWN]}`, which is not part of a plain "
-                "checkpoint; nothing of it was run",
-                path=self.path,
-                hint="if you trust the file, load it where it was made and save its tensors alone: "
-                "torch.save({name: tensor, ...}, path)",
-            )
-        return self.allowed[module, name]
+        if (module, name) in self.allowed:
+            return self.allowed[module, name]
+        if (module, name) == ("builtins", "getattr") and self.enums:
+            return _GETATTR
+        raise self._refused(f"{module}.{name}")
+
+    def _refused(self, name: str) -> FormatError:
+        return FormatError(
+            f"{_named(self.path)}the pickle asks for `{name[:_SHOWN]}`, which is not part of a plain "
+            "checkpoint; nothing of it was run",
+            path=self.path,
+            hint="if you trust the file, load it where it was made and save its tensors alone: "
+            "torch.save({name: tensor, ...}, path)",
+        )
+
+    def _member(self, arguments: Any) -> Any:
+        """The member of an enum, from the arguments of `getattr`."""
+        if type(arguments) is tuple and len(arguments) == 2 and id(arguments[0]) in self.enums:
+            cls, name = arguments
+            if type(name) is str and name in cls.values:
+                return cls.values[name]
+        raise self._refused("builtins.getattr")
 
     def reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
+        if function is _GETATTR:
+            self.stack.append(self._member(arguments))
+            return
         if id(function) not in self.callables:
             raise _DamagedError("something is called that is not a function")
         if type(arguments) is not tuple or (arguments and isinstance(function, type) and issubclass(function, dict)):

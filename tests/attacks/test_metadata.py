@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata, MetadataIndex
 
 from reshard.checkpoint.load import choose, load, stored_names
 from reshard.checkpoint.manifest import FileEntry, crc32_hex, manifest_bytes, read_manifest
@@ -146,6 +146,56 @@ def test_a_hostile_index_is_refused_by_name_and_runs_nothing(
         assert "nothing of it was run" in caught.value.message
         assert str(directory / ".metadata") in caught.value.message
     assert not marker.exists()
+
+
+def hostile_members() -> list[Any]:
+    """`getattr` for all but a member of the one enum that Python 3.11.0 to 3.11.3 pickles with it."""
+    member = "TORCH_CONTIGUOUS_FORMAT"
+    return [
+        Runs(getattr, _MEM_FORMAT_ENCODING, "__class__"),
+        Runs(getattr, _MEM_FORMAT_ENCODING, "mro"),
+        Runs(getattr, _MEM_FORMAT_ENCODING, "_member_map_"),
+        Runs(getattr, _MEM_FORMAT_ENCODING, "values"),  # an attribute of what stands for it here
+        Runs(getattr, _MEM_FORMAT_ENCODING, "torch_contiguous_format"),
+        Runs(getattr, _MEM_FORMAT_ENCODING, member, None),
+        Runs(getattr, _MEM_FORMAT_ENCODING),
+        Runs(getattr, Runs(getattr, _MEM_FORMAT_ENCODING, member), "value"),
+        Runs(getattr, Runs(getattr, _MEM_FORMAT_ENCODING, "__init__"), "__globals__"),
+        Runs(getattr, MetadataIndex, "__init__"),
+        Runs(getattr, torch.Size, member),
+        Runs(getattr, torch.serialization._get_layout, "__globals__"),
+        Runs(getattr, getattr, "__self__"),
+        Runs(getattr, member, member),
+        Runs(setattr, _MEM_FORMAT_ENCODING, member, 7),
+        Runs(vars, _MEM_FORMAT_ENCODING),
+    ]
+
+
+@pytest.mark.parametrize("place", ["a tensor's entry", "planner_data"])
+def test_of_getattr_nothing_but_a_member_of_the_one_enum_is_read(place: str, directory: Path) -> None:
+    whole = (directory / ".metadata").read_bytes()
+    for hostile in hostile_members():
+        metadata = pickle.loads(whole)
+        if place == "planner_data":
+            metadata.planner_data = {"model.a": hostile}
+        else:
+            metadata.state_dict_metadata["model.layers.0.weight"] = hostile
+        put_metadata(directory, metadata)
+        with pytest.raises(FormatError) as caught:
+            loaded(directory)
+        assert "nothing of it was run" in caught.value.message
+        assert hostile.function.__name__ in caught.value.message
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_getattr_under_other_names_is_refused(protocol: int, directory: Path) -> None:
+    """Protocol 2 says `__builtin__.getattr`; and an attribute of an attribute is `MODULE.a.b` in 4."""
+    metadata = metadata_of(directory)
+    hostile = Runs(getattr, _MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT") if protocol == 2 else Runs(Path.touch, 1)
+    metadata.planner_data = {"model.a": hostile}
+    put_metadata(directory, metadata, protocol)
+    with pytest.raises(FormatError, match="nothing of it was run"):
+        loaded(directory)
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])

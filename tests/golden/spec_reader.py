@@ -58,6 +58,7 @@ FIELDS = {
     "_StorageInfo": ("relative_path", "offset", "length"),
     "TensorProperties": (),
 }
+MEMORY_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
 
 
 class Plain:
@@ -75,6 +76,16 @@ class Plain:
             self.state = state
 
 
+def memory_format(value: Any) -> Any:
+    return value
+
+
+def member(of: Any, name: Any) -> Any:
+    """`getattr` in an index: for this one class and the names of its members, and nothing else."""
+    demand(of is memory_format and name in MEMORY_FORMATS, f"an index has no use for getattr of {name}")
+    return name
+
+
 class Index(pickle.Unpickler):
     """Knows the names that an index needs, and no other."""
 
@@ -83,8 +94,12 @@ class Index(pickle.Unpickler):
             return name
         if (module, name) == ("torch", "Size"):
             return tuple
-        if name in ("_get_layout", "_MEM_FORMAT_ENCODING"):
+        if name == "_get_layout":
             return lambda value: value
+        if name == "_MEM_FORMAT_ENCODING":
+            return memory_format
+        if (module, name) == ("builtins", "getattr"):
+            return member
         if module.startswith("torch.distributed.checkpoint.") and name in FIELDS:
             return type(name, (Plain,), {"fields": FIELDS[name]})
         raise DamagedError(f"an index has no use for {module}.{name}")

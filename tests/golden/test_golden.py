@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickletools
 import re
 import shutil
 import sys
@@ -21,9 +22,27 @@ PROJECT = GOLDEN.parents[1]
 VERSIONS = sorted(path.name for path in GOLDEN.glob("v*"))
 
 
-@pytest.fixture(params=VERSIONS)
-def step(request: pytest.FixtureRequest) -> Path:
-    return GOLDEN / request.param / "step-7"
+# Of version 1, as Python 3.11.0 to 3.11.3 wrote it before enums were written by value: index and manifest; data as in v1.
+BY_AN_OLD_PYTHON = "python-3.11.2"
+
+
+@pytest.fixture(params=[*VERSIONS, BY_AN_OLD_PYTHON])
+def step(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param != BY_AN_OLD_PYTHON:
+        return GOLDEN / request.param / "step-7"
+    shutil.copytree(GOLDEN / "v1/step-7", tmp_path / "old/step-7")
+    for name in (".metadata", "manifest.json"):
+        shutil.copy(GOLDEN / BY_AN_OLD_PYTHON / name, tmp_path / "old/step-7")
+    return tmp_path / "old/step-7"
+
+
+def test_an_old_python_names_a_member_of_an_enum_by_getattr() -> None:
+    """What makes that golden checkpoint another one."""
+    operations = [
+        (op.name, arg) for op, arg, _ in pickletools.genops((GOLDEN / BY_AN_OLD_PYTHON / ".metadata").read_bytes())
+    ]
+    assert ("SHORT_BINUNICODE", "getattr") in operations
+    assert ("SHORT_BINUNICODE", "TORCH_CONTIGUOUS_FORMAT") in operations
 
 
 def test_there_is_one_of_each_version() -> None:

@@ -19,7 +19,7 @@ from reshard.checkpoint.collector import collector_at_rest
 from reshard.checkpoint.layout import METADATA
 from reshard.checkpoint.manifest import Manifest, UnfitFile, crc32_hex, read_file
 from reshard.errors import FormatError, IntegrityError, NotACheckpoint, StorageError
-from reshard.safe_pickle import loads
+from reshard.safe_pickle import Members, loads
 from reshard.torch_zip import ITEM_BYTES, Archive, Placed, TensorView, open_archive, place
 
 MOST_BYTES = 2 << 30  # of an index: some 200 bytes for each stored chunk
@@ -299,7 +299,7 @@ _ALLOWED: dict[tuple[str, str], object] = {
             "StorageMeta": type("StorageMeta", (_Entry,), {}),
             "TensorProperties": _Properties,
             "MetadataIndex": _IndexEntry,
-            "_MEM_FORMAT_ENCODING": _same,
+            "_MEM_FORMAT_ENCODING": Members(TORCH_CONTIGUOUS_FORMAT=0, TORCH_CHANNELS_LAST=1, TORCH_PRESERVE_FORMAT=2),
         }.items()
     },
     **{("torch", name): _Dtype(name) for name in _DTYPES},

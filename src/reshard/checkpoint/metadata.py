@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,16 +50,35 @@ def write_metadata(
     for name, place in objects.items():
         entries[name] = dcp.BytesStorageMetadata()
         storage[dcp.MetadataIndex(name)] = _StorageInfo(*place)
-    out = io.BytesIO()
-    _Pickler(out, protocol=4).dump(
-        dcp.Metadata(state_dict_metadata=entries, planner_data=dict(paths), storage_data=storage)
-    )
-    content = out.getvalue()
+    metadata = dcp.Metadata(state_dict_metadata=entries, planner_data=dict(paths), storage_data=storage)
+    content = _pickled(metadata, _Brief)
     write_durably(directory / METADATA, content)
     return content
 
 
-class _Pickler(pickle.Pickler):
+def pickled(metadata: dcp.Metadata) -> bytes:
+    """An index in torch's own form, every attribute by its name."""
+    return _pickled(metadata, _ByValue)
+
+
+def _pickled(metadata: dcp.Metadata, pickler: type[_ByValue]) -> bytes:
+    out = io.BytesIO()
+    pickler(out, protocol=4).dump(metadata)
+    return out.getvalue()
+
+
+class _ByValue(pickle.Pickler):
+    """Writes the members of enums as calls of their class, on every Python.
+
+    By itself Python 3.11.0 to 3.11.3 writes `getattr(class, name)`, which no reader of pickles from anybody can allow.
+    """
+
+    def reducer_override(self, obj: Any) -> Any:
+        """The call that makes the object again."""
+        return (type(obj), (obj.value,)) if isinstance(obj, Enum) else NotImplemented
+
+
+class _Brief(_ByValue):
     """Writes the many small objects as calls of their classes: half the bytes, and a third of the time to read them.
 
     By itself a pickle of a dataclass names every one of its attributes.
@@ -75,7 +95,7 @@ class _Pickler(pickle.Pickler):
             return kind, (obj.properties, obj.size, obj.chunks)
         if kind is dcp.ChunkStorageMetadata:
             return kind, (obj.offsets, obj.sizes)
-        return NotImplemented
+        return super().reducer_override(obj)
 
 
 def described(

@@ -8,7 +8,6 @@ Source: torchtitan's scripts/convert_llama_to_dcp.py and models/llama/model.py o
 from __future__ import annotations
 
 import logging
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +118,8 @@ def _metadata(tensors: dict[str, LazyTensor], items: list[tuple[str, int, tuple[
     from torch.distributed.checkpoint import metadata as dcp
     from torch.distributed.checkpoint.filesystem import _StorageInfo  # private: the on-disk record; torch 2.13.0
 
+    from reshard.checkpoint.metadata import pickled
+
     chunks: dict[str, list[Any]] = {name: [] for name in tensors}
     storage: dict[Any, Any] = {}
     for name, start, shape, offset, length in items:
@@ -135,6 +136,4 @@ def _metadata(tensors: dict[str, LazyTensor], items: list[tuple[str, int, tuple[
         for name, tensor in tensors.items()
     }
     paths: dict[str, Any] = {f"model.{name}": ("model", name) for name in tensors}
-    return pickle.dumps(
-        dcp.Metadata(state_dict_metadata=described, planner_data=paths, storage_data=storage), protocol=4
-    )
+    return pickled(dcp.Metadata(state_dict_metadata=described, planner_data=paths, storage_data=storage))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import shutil
 import signal
 import subprocess
@@ -13,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorProperties
 
+import reshard
 from reshard.checkpoint import state
+from reshard.checkpoint.adapters import ReshardWriter
 from reshard.checkpoint.index import index_bytes, read_index
 from reshard.checkpoint.manifest import read_manifest
 from reshard.checkpoint.verify import verify_checkpoint
@@ -233,6 +237,31 @@ def test_the_dialect_of_early_2025_is_what_plain_torch_loads(tmp_path, rows):
         dcp.load(wrong, checkpoint_id=tmp_path / "step-0", no_dist=True)
     run(tmp_path / "step-0", tmp_path / "hf", to="hf", model=config_file(tmp_path / "config.json", spec))
     assert compare(open_source(tmp_path / "meta"), open_source(tmp_path / "hf")).same()
+
+
+def test_an_index_is_the_same_whichever_python_writes_it(tmp_path, monkeypatch):
+    """Python 3.11.0 to 3.11.3 pickles members of enums by getattr; plain torch on any Python reads what stands in its place."""
+    make_meta(tmp_path / "meta", shards=2)
+    ones = {"model": {"w": torch.ones(4, 3)}}
+
+    def written(folder):
+        import_meta(tmp_path / "meta", folder / "titan", freqs_cis_rows=64)
+        run(tmp_path / "meta", folder / "ours")
+        reshard.save(folder / "saved", ones)
+        dcp.save(ones, storage_writer=ReshardWriter(folder / "by dcp.save"), no_dist=True)
+        return {path.parent.name: path.read_bytes() for path in folder.glob("*/.metadata")}
+
+    today = written(tmp_path / "today")
+    assert len(today) == 4
+    with monkeypatch.context() as old:
+        by_name = lambda member, protocol: (getattr, (type(member), member.name))  # noqa: E731  Enum.__reduce_ex__ of 3.11.2
+        old.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
+        assert b"getattr" in pickle.dumps(TensorProperties())
+        assert written(tmp_path / "old") == today
+    for name in ("saved", "by dcp.save"):
+        found = {"model": {"w": torch.zeros(4, 3)}}
+        dcp.load(found, checkpoint_id=tmp_path / "old" / name, no_dist=True)
+        assert torch.equal(found["model"]["w"], ones["model"]["w"])
 
 
 def test_exports_of_a_run_lie_where_no_resume_looks(tmp_path):
