@@ -42,6 +42,7 @@ from reshard.checkpoint.index import Chunk, Index
 from reshard.checkpoint.load import open_index
 from reshard.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from reshard.checkpoint.metadata import described
+from reshard.checkpoint.ours import refuse_others, remove
 from reshard.checkpoint.reader import Files, Job, read_jobs
 from reshard.checkpoint.save import About, finish_save
 from reshard.checkpoint.state import Box, bytes_of, cut_pieces, dtype_from_name, dtype_name
@@ -72,7 +73,8 @@ class ReshardWriter(StorageWriter):
     path: the directory; `checkpoint_id` of the call takes precedence. step: for the record, by default from a name like
     `step-10`. An older checkpoint of the name is replaced when the new one is whole. A save that fails leaves a temporary
     directory beside it, which the next save of that name removes: torch does not tell a writer of another rank's failure.
-    Raises (torch hands it on inside of a CheckpointException) CheckpointError for what cannot be stored, OSError.
+    Raises (torch hands it on inside of a CheckpointException) CheckpointError for what cannot be stored and for a directory
+    that holds files of others, OSError.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, step: int | None = None) -> None:
@@ -99,6 +101,7 @@ class ReshardWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Coordinator: make the temporary directory, and give each rank a file in it."""
         step_for(self._directory, self._step)  # an error now, before anything is written
+        refuse_others(self._directory)
         remove_temporary(self._directory)  # what an earlier save of this name has left, which failed
         self._temporary = temporary_directory(self._directory, secrets.token_hex(8))
         return [replace(p, storage_data=_Target(self._temporary, f"__{i}_0.distcp")) for i, p in enumerate(plans)]
@@ -162,16 +165,20 @@ class ReshardWriter(StorageWriter):
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, dcp.TensorStorageMetadata)
         }
-        finish_save(
-            self._temporary,
-            self._directory,
-            About(step=step_for(self._directory, self._step), kind="full", source={"kind": "dcp"}),
-            tensors,
-            metadata.planner_data or {},
-            [stored for _, result in told for stored in result.pieces],
-            {name: entry for _, result in told for name, entry in result.files.items()},
-            {name: result.object for name, result in told if result.object is not None},
-        )
+        try:
+            finish_save(
+                self._temporary,
+                self._directory,
+                About(step=step_for(self._directory, self._step), kind="full", source={"kind": "dcp"}),
+                tensors,
+                metadata.planner_data or {},
+                [stored for _, result in told for stored in result.pieces],
+                {name: entry for _, result in told for name, entry in result.files.items()},
+                {name: result.object for name, result in told if result.object is not None},
+            )
+        except BaseException:
+            remove(self._temporary)
+            raise
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

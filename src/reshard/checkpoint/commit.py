@@ -10,12 +10,12 @@ import ctypes
 import errno
 import logging
 import os
-import shutil
 from pathlib import Path
 
 from reshard.checkpoint.blocks import naming, write_durably
 from reshard.checkpoint.layout import all_leftovers, leftovers, read_step
 from reshard.checkpoint.manifest import MANIFEST, Manifest, manifest_bytes, read_manifest
+from reshard.checkpoint.ours import not_ours, refuse_others, remove
 from reshard.errors import CheckpointError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,8 @@ _RENAME_EXCHANGE = 2
 
 
 def temporary_directory(directory: Path, save_id: str) -> Path:
-    """Make the place that a save of `directory` writes into. Raises OSError."""
+    """Make the place that a save of `directory` writes into. Raises OSError, CheckpointError where others use the name."""
+    refuse_others(directory)
     if not directory.parent.exists():
         make_folder(directory.parent)
     temporary = directory.with_name(f"{directory.name}.tmp-{save_id}")
@@ -46,42 +47,34 @@ def make_folder(folder: Path) -> None:
 def commit(temporary: Path, directory: Path, manifest: Manifest) -> None:
     """Write the manifest and move the directory to its name. What stood there before is replaced only now.
 
-    Every other file must be on disk already. Raises OSError.
+    Every other file must be on disk already. Raises OSError; CheckpointError where by now there is something that is not ours.
     """
     write_durably(temporary / MANIFEST, manifest_bytes(manifest))
     fsync_directory(temporary)
-    if not directory.exists():
-        os.rename(temporary, directory)
-        fsync_directory(directory.parent)
-        return
-    _set_aside_if_not_ours(directory)
-    if not directory.exists():
-        os.rename(temporary, directory)
+    refuse_others(directory)
+    if not _is_free(directory):
+        _set_aside_if_torn(directory)
+    if _is_free(directory):
+        os.rename(temporary, directory)  # replaces an empty directory, but no other
         fsync_directory(directory.parent)
     elif _exchange(temporary, directory):
         fsync_directory(directory.parent)
-        _remove(temporary)  # now the older one
+        remove(temporary)  # now the older one
     else:
         old = directory.with_name(f"{directory.name}.old-{manifest.save_id}")
         os.rename(directory, old)
         os.rename(temporary, directory)
         fsync_directory(directory.parent)
-        _remove(old)
+        remove(old)
 
 
-def _remove(path: Path) -> None:
-    """Delete what nobody needs any more. A link to somewhere else is all that goes of it; what cannot go is said."""
-    try:
-        if path.is_symlink():
-            path.unlink()
-        else:
-            shutil.rmtree(path)
-    except OSError as error:
-        logger.warning("could not delete %s: %s", path, error)
+def _is_free(directory: Path) -> bool:
+    """Is there nothing of this name, or an empty directory?"""
+    return not directory.exists() or not any(directory.iterdir())
 
 
-def _set_aside_if_not_ours(directory: Path) -> None:
-    """Something torn or foreign has our name: move it aside, it is not ours to delete."""
+def _set_aside_if_torn(directory: Path) -> None:
+    """A save that did not finish, or damage, all of it ours: it is moved aside, somebody may want to look at it."""
     try:
         read_step(directory)
     except StorageError:
@@ -129,8 +122,10 @@ def recover(folder: Path) -> list[str]:
     """Finish or undo what died in a folder; call it only while owning the folder. Returns what was done, for the log.
 
     A temporary directory was never a checkpoint and goes, unless it is the new half of an interrupted exchange. Of an
-    exchange in two renames the old half is kept or put back until the new one is whole.
-    Raises StorageError, and then has deleted nothing that may be needed.
+    exchange in two renames the old half is kept or put back until the new one is whole. What holds anything that is not
+    ours stays where it is.
+    Raises StorageError, and then has deleted nothing that may be needed; CheckpointError where a step can only be put back
+    in the place of what is not ours.
     """
     found = all_leftovers(folder)
     if not found:
@@ -143,9 +138,7 @@ def recover(folder: Path) -> list[str]:
         for path in found:
             if ".old-" in path.name:
                 done.append(_finish_exchange(path))
-        for path in all_leftovers(folder):
-            _remove(path)
-            done.append(f"removed {path.name}, a save that did not finish")
+        done += [_removed(path, "a save that did not finish") for path in all_leftovers(folder)]
     except OSError as error:
         raise StorageError(
             f"checkpoint folder `{folder}` cannot be put in order: {error.strerror or error} ({error.filename})",
@@ -154,19 +147,27 @@ def recover(folder: Path) -> list[str]:
     return done
 
 
+def _removed(path: Path, what: str) -> str:
+    """Remove it, or not; either in words."""
+    reason = remove(path)
+    return f"removed {path.name}, {what}" if reason is None else f"left {path.name}: it {reason}"
+
+
 def _finish_exchange(old: Path) -> str:
     name, _, save_id = old.name.rpartition(".old-")
     directory = old.with_name(name)
     temporary = directory.with_name(f"{name}.tmp-{save_id}")
     if _is_whole(directory):
-        _remove(old)
-        return f"removed {old.name}, replaced by a newer save of the same step"
-    if not directory.exists() and _is_whole(temporary):
+        return _removed(old, "replaced by a newer save of the same step")
+    if _is_free(directory) and _is_whole(temporary):
         os.rename(temporary, directory)
         fsync_directory(directory.parent)
-        _remove(old)
+        remove(old)
         return f"finished the save of {name}, which was interrupted while it replaced an older one"
-    if directory.exists():
+    if not (old / MANIFEST).is_file() and (others := not_ours(old)):
+        return f"left {old.name}: it {others}"  # nobody's step
+    if not _is_free(directory):
+        refuse_others(directory)
         os.rename(directory, free_name(directory, "damaged"))
     os.rename(old, directory)
     fsync_directory(directory.parent)
@@ -184,8 +185,8 @@ def _is_whole(directory: Path) -> bool:
     return True
 
 
-def remove_temporary(directory: Path) -> None:
-    """Remove what a failed save of `directory` has left; never what is committed."""
+def remove_temporary(directory: Path, save_id: str | None = None) -> None:
+    """Remove what a failed save of `directory` has left, None: what any has; never what is committed."""
     for path in leftovers(directory):
-        if ".tmp-" in path.name:
-            _remove(path)
+        if path.name.endswith(f".tmp-{save_id}") or (save_id is None and ".tmp-" in path.name):
+            remove(path)

@@ -55,17 +55,8 @@ def entries(folder: Path) -> list[Entry]:
     Committed ones are ordered by lineage (the save's sequence number), torn ones come first by step.
     """
     found = []
-    try:
-        paths = sorted(folder.iterdir())
-    except FileNotFoundError:
-        return []
-    except NotADirectoryError:
-        raise StorageError(f"checkpoint folder `{folder}` is a file, expected a directory", path=folder) from None
-    except OSError as error:
-        raise StorageError(f"checkpoint folder `{folder}` cannot be read: {error}", path=folder) from None
-    for path in paths:
-        step = step_of(path)
-        if step is None or not path.is_dir():
+    for path, step in named_steps(folder):
+        if not path.is_dir():
             continue
         try:
             found.append(Entry(path, step, read_step(path)))
@@ -74,6 +65,19 @@ def entries(folder: Path) -> list[Entry]:
         except CheckpointError as error:
             found.append(Entry(path, step, None, error))
     return sorted(found, key=lambda e: (e.manifest.sequence if e.manifest else -1, e.step))
+
+
+def named_steps(folder: Path) -> list[tuple[Path, int]]:
+    """Everything in a folder that has the name of a step, and its number, whatever it is. An absent folder has none."""
+    try:
+        paths = sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        raise StorageError(f"checkpoint folder `{folder}` is a file, expected a directory", path=folder) from None
+    except OSError as error:
+        raise StorageError(f"checkpoint folder `{folder}` cannot be read: {error}", path=folder) from None
+    return [(path, step) for path in paths if (step := step_of(path)) is not None]
 
 
 def read_step(directory: Path) -> Manifest:
@@ -89,6 +93,11 @@ def read_step(directory: Path) -> Manifest:
             hint=f"give it its name back: mv {directory} {step_directory(directory.parent, manifest.step)}",
         )
     return manifest
+
+
+def is_leftover(path: Path) -> bool:
+    """Is this the name of a temporary or replaced directory?"""
+    return (_TEMPORARY.match(path.name) or _OLD.match(path.name)) is not None
 
 
 def leftovers(directory: Path) -> list[Path]:

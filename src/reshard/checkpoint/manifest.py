@@ -138,7 +138,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise NotACheckpoint(f"`{directory}` is a file, expected a checkpoint directory", path=directory) from None
     except OSError as error:
         raise StorageError(f"`{path}` cannot be read: {error.strerror or error}", path=directory) from None
-    manifest = _parse(content, directory)
+    manifest = parse_manifest(content, directory)
     damaged: dict[str, str] = {}
     for name, entry in manifest.files.items():
         try:
@@ -182,7 +182,9 @@ def _without_manifest(directory: Path) -> NotACheckpoint | TornCheckpoint:
     return NotACheckpoint(f"`{directory}` is empty, expected a checkpoint", path=directory)
 
 
-def _parse(content: bytes, directory: Path) -> Manifest:
+def parse_manifest(content: bytes, directory: Path) -> Manifest:
+    """A manifest from its bytes, whatever lies beside it. Raises IntegrityError, NotACheckpoint (a later format)."""
+
     def damaged(reason: str) -> IntegrityError:
         return IntegrityError(f"`{directory / MANIFEST}` is damaged: {reason}", path=directory, files=[MANIFEST])
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from reshard.checkpoint.commit import free_name, fsync_directory
 from reshard.checkpoint.layout import entries
+from reshard.checkpoint.ours import not_ours
 from reshard.checkpoint.verify import verify_checkpoint
-from reshard.errors import IntegrityError, StorageError
+from reshard.errors import CheckpointError, IntegrityError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ class SetAside:
 def set_aside(directory: Path) -> SetAside:
     """Verify every byte once more; where it is damaged indeed, rename it to step-N.damaged. Call it on rank 0 only.
 
-    Raises StorageError where the damage does not show again, or the disk fails: then the disk is to blame.
+    Raises StorageError where the damage does not show again, or the disk fails: then the disk is to blame; CheckpointError
+    where it holds what is not ours to rename.
     """
     verdict = verify_checkpoint(directory)
     if verdict.whole is None:
@@ -49,6 +51,13 @@ def set_aside(directory: Path) -> SetAside:
     reason = "; ".join(f"{f.file} {f.problem}".strip() for f in verdict.findings[:3])
     now = free_name(directory, "damaged")
     try:
+        others = not_ours(directory)
+        if others is not None:
+            raise CheckpointError(
+                f"`{directory}` is damaged ({reason}), and {others}: it was not set aside, nothing was renamed",
+                path=directory,
+                hint=f"set it aside yourself, then start again: mv {directory} {directory}.kept",
+            )
         os.rename(directory, now)
         fsync_directory(directory.parent)
     except OSError as error:

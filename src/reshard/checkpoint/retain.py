@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
+from functools import cache
 from pathlib import Path
 
 from reshard.checkpoint.commit import fsync_directory
 from reshard.checkpoint.layout import entries
 from reshard.checkpoint.lineage import by_worth
+from reshard.checkpoint.ours import not_ours, remove
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,8 @@ def retain(folder: Path, keep_latest_k: int, *, keep_every_n: int = 0, protected
 
     Latest means saved last, not numbered highest: after a rollback the abandoned branch goes first. Never deleted:
     step-0, steps that keep_every_n divides, `protected` (the checkpoint that this run was loaded from), the newest full
-    one, links, and whatever is torn, damaged or not ours. A checkpoint loses its name before its bytes, so a death midway
-    leaves nothing half-deleted under a valid name.
+    one, links, and whatever is torn, damaged or not ours, or holds what is not ours. A checkpoint loses its name before
+    its bytes, so a death midway leaves nothing half-deleted under a valid name.
     """
     if keep_latest_k <= 0:
         return []
@@ -35,11 +36,21 @@ def retain(folder: Path, keep_latest_k: int, *, keep_every_n: int = 0, protected
         assert entry.manifest is not None
         doomed = entry.path.with_name(f"{entry.path.name}.tmp-{entry.manifest.save_id}")
         try:
+            others = not_ours(entry.path)
+            if others is not None:
+                _say_kept(entry.path, others)
+                continue
             os.rename(entry.path, doomed)
             fsync_directory(folder)  # or a power failure might bring the name back, without its files
-            shutil.rmtree(doomed)
         except OSError as error:
             logger.warning("could not delete %s: %s", entry.path, error)  # the run matters more than a tidy disk
             continue
-        deleted.append(entry.path)
+        if remove(doomed) is None:
+            deleted.append(entry.path)
     return deleted
+
+
+@cache
+def _say_kept(directory: Path, others: str) -> None:
+    """Once in a run: it is looked at after every save."""
+    logger.warning("kept `%s`, which keep_latest_k would delete: it %s", directory, others)

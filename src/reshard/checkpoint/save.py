@@ -107,7 +107,7 @@ def write_and_commit(
         return ranks.on_first(finish)
     except BaseException as error:
         if ranks.is_first:
-            remove_temporary(directory)
+            remove_temporary(directory, save_id)
         if isinstance(error, OSError):
             raise _said(error, directory) from None
         raise
@@ -159,26 +159,24 @@ def commit_weights(directory: Path, write: Callable[[Path], WrittenWeights], abo
     try:
         temporary = temporary_directory(directory, save_id)
         written = write(temporary)
+        refuse_existing(directory)  # somebody may have saved there meanwhile
         plan = make_plan([Offer.of(written.parts, {name: (name,) for name, _, _ in written.parts})], 0)
         return finish_save(temporary, directory, about, plan.tensors, plan.paths, written.stored, written.files)
     except BaseException as error:
-        remove_temporary(directory)
+        remove_temporary(directory, save_id)
         if isinstance(error, OSError):
             raise _said(error, directory) from None
         raise
 
 
 def refuse_existing(directory: Path) -> None:
-    """Raise NotACheckpoint where something would be overwritten; an empty directory is fine, and removed."""
-    if not directory.exists():
-        return
-    if not directory.is_dir() or any(directory.iterdir()):
+    """Raise NotACheckpoint where something would be overwritten; an empty directory is fine."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise NotACheckpoint(
             f"`{directory}` exists already, nothing was written",
             path=directory,
             hint=f"choose another name, or remove it: rm -r {directory}",
         )
-    directory.rmdir()
 
 
 def _file_of(rank: int) -> str:

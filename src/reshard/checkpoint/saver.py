@@ -21,6 +21,7 @@ from torch import Tensor
 
 from reshard.checkpoint.blocks import Throttle
 from reshard.checkpoint.manifest import Manifest
+from reshard.checkpoint.ours import refuse_others
 from reshard.checkpoint.plan import Planner
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.save import About, begin_plan, mine, plan_save, write_and_commit
@@ -61,10 +62,12 @@ class Saver:
     def start(self, directory: Path, state: State, about: About, dtype: torch.dtype | None = None) -> list[Saved]:
         """Save, or begin to. Collective. Returns the saves that are over by now, this one included if it was at once.
 
-        about.parent is taken from the save before, where there was one. Raises what an earlier save has failed with.
+        about.parent is taken from the save before, where there was one. Raises what an earlier save has failed with,
+        and CheckpointError where the directory holds what is not ours.
         """
         over = self.collect()
         began = time.perf_counter()
+        self._ranks.on_first(lambda: refuse_others(directory))
         about = replace(about, parent=self.last_save_id or about.parent)
         if self._background is None:
             pieces, plan = plan_save(state, dtype, self._planner)

@@ -69,6 +69,7 @@ def to_dcp(
     check_space(out, total)
     slab = slab_bytes(memory, workers, FLOOR_WITH_TORCH_BYTES)
     from reshard.checkpoint.layout import step_of
+    from reshard.checkpoint.ours import not_ours
     from reshard.checkpoint.save import About, commit_weights
 
     ledger = Ledger(drops=floods(2 * total))
@@ -79,7 +80,7 @@ def to_dcp(
         def write(temporary: Path) -> WrittenWeights:
             until_committed.enter_context(alive(temporary))
             if step_of(out) is None:  # what has a step's name may be a living run's, and is for `recover` to judge
-                remove_dead(out)
+                remove_dead(out, lambda folder: not_ours(folder) is None)
             return _write(tensors, temporary, ledger, slab, workers, source.path.name)
 
         manifest = commit_weights(out, write, about)
@@ -204,11 +205,10 @@ class _SummedFile(DiskFile):
 
 
 def _verify(out: Path) -> None:
-    import shutil
-
+    from reshard.checkpoint.ours import remove
     from reshard.checkpoint.verify import verify_checkpoint
 
     verdict = verify_checkpoint(out, "bytes", lambda done: None)
     if not verdict.whole:
-        shutil.rmtree(out)
+        remove(out)
         raise FormatError(f"{out} was not written right: {verdict.problem or verdict.findings}", path=out)

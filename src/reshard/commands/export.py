@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from reshard.commands.convert import Options, convert
+from reshard.commands.convert import Options, convert, plan
 from reshard.commands.sources import open_source
-from reshard.errors import ConfigError, nearest
+from reshard.commands.tokenizer_files import with_tokenizer
+from reshard.errors import ConfigError, FormatError, listed, nearest
+from reshard.formats.hf import ASSETS, INDEX, SINGLE
+from reshard.formats.protocol import Source
 
 logger = logging.getLogger(__name__)
 
 EXPORTS = ("torchtune", "hf", "meta", "torch", "gguf")
 FOLDER = "exports"  # beside the checkpoint folder, where no resume looks
 _FILE = {"torch": "checkpoint.pt", "gguf": "model.gguf"}
+# What an export of the same step may have besides, in another dtype or with another tokenizer.
+_MAY_COME_WITH_IT = (*ASSETS, INDEX, SINGLE, "model-00001-of-00002.safetensors")
 
 
 def export(
@@ -31,10 +37,10 @@ def export(
     written = []
     for to in formats:
         folder = dump_folder / FOLDER / checkpoint.name / to
+        target, options = folder / _FILE[to] if to in _FILE else folder, Options(dtype=dtype)
         if overwrite and folder.exists():
-            _set_aside(folder)
-        target = folder / _FILE[to] if to in _FILE else folder
-        convert(source, target, to, Options(dtype=dtype))
+            _set_aside(folder, source, target, to, options)
+        convert(source, target, to, options)
         written.append(target)
     return written
 
@@ -51,11 +57,34 @@ def check_exports(formats: Sequence[str]) -> None:
             )
 
 
-def _set_aside(folder: Path) -> None:
-    """An older export makes room by a rename, so that the new one's commit is a rename too; then it is removed."""
+def _set_aside(folder: Path, source: Source, target: Path, to: str, options: Options) -> None:
+    """An older export makes room by a rename, so that the new one's commit is a rename too; then it is removed.
+
+    Raises FormatError where it holds files by names that no export in this format writes.
+    """
     import secrets
     import shutil
 
+    assert source.spec is not None, source.path
+    output = plan(with_tokenizer(source, source.spec, to, options.tokenizer), target, to, options)
+    written = {
+        _numberless(name) for name in (*(file.name for file in output.files), *output.beside, *_MAY_COME_WITH_IT)
+    }
+    found = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    others = sorted(name for name in found if _numberless(name) not in written)
+    if others or folder.is_symlink() or not folder.is_dir():
+        raise FormatError(
+            f"`{folder}` holds {listed(others)}, not part of an export: it was not replaced, nothing was written"
+            if others
+            else f"`{folder}` is no directory of ours: it was not replaced, nothing was written",
+            path=folder,
+            hint=f"keep it under another name: mv {folder} {folder}.kept",
+        )
     aside = folder.with_name(f"{folder.name}.old-{secrets.token_hex(8)}")
     folder.rename(aside)
     shutil.rmtree(aside)
+
+
+def _numberless(name: str) -> str:
+    """Of how many files an export is depends on its dtype: `model-00001-of-00003` is as good as `-of-00002`."""
+    return re.sub("[0-9]+", "0", name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import secrets
@@ -28,12 +29,15 @@ from numpy.typing import NDArray
 from reshard.errors import ConfigError, FormatError, StorageError
 from reshard.formats.protocol import ITEM_BYTES, LazyTensor, Ledger, Region, slabs
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_MEMORY = 512 << 20  # of a conversion, the interpreter included
 MOST_SLAB_BYTES = 8 << 20  # more does not get faster
 LEAST_SLAB_BYTES = 256 << 10
 COPIES = 4  # of a slab that a worker may hold: as stored, merged, permuted, cast
 _FLUSH_BYTES = 128 << 20  # of a file that may wait for the disk
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}\Z")
+_MARK = ".reshard-conversion"  # lies in a directory that a conversion writes in: what has the like of its name only is not ours
 
 
 @dataclass(frozen=True)
@@ -326,6 +330,7 @@ def write_output(
                 _write_small(folder / name, content)
             if verify:
                 read_back(folder, sums)
+            (folder / _MARK).unlink()
             _sync_directory(folder)
             finished = folder / output.files[0].name if output.alone else folder
             if output.alone:
@@ -428,6 +433,7 @@ def temporary(target: Path) -> Iterator[Path]:
         remove_dead(target)
         folder = target.with_name(f"{target.name}.tmp-{secrets.token_hex(8)}")
         folder.mkdir()
+        (folder / _MARK).touch()
     except OSError as error:
         raise said(error, target) from None
     with alive(folder):
@@ -455,10 +461,21 @@ def alive(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def remove_dead(target: Path) -> None:
-    """Remove what killed conversions have left of the same target. Raises OSError."""
+def is_marked(folder: Path) -> bool:
+    """Has a conversion made this directory to write in? One that was killed at once has not come to anything."""
+    return (folder / _MARK).is_file() or not any(folder.iterdir())
+
+
+def remove_dead(target: Path, ours: Callable[[Path], bool] = is_marked) -> None:
+    """Remove what killed conversions have left of the same target; not what only has such a name. Raises OSError."""
     for path in sorted(target.absolute().parent.glob(f"{glob_escape(target.name)}.tmp-*")):
-        if _TEMPORARY.search(path.name) and path.is_dir():
+        if not _TEMPORARY.search(path.name) or not path.is_dir():
+            continue
+        if path.is_symlink() or not ours(path):
+            logger.warning(
+                "left `%s`: it has the name of a conversion that did not finish, but it is none of ours", path
+            )
+        else:
             _remove_if_dead(path)
 
 

@@ -51,7 +51,16 @@ from reshard.train.optimizer import build_optimizer, clip_gradients, learning_ra
 from reshard.train.passes import Passes
 from reshard.train.signals import asked_to_stop
 from reshard.train.space import check_space
-from reshard.train.start import TrainState, check_data, first_choice, fresh_global_batch, full_state, load_or_fall_back
+from reshard.train.start import (
+    TrainState,
+    check_data,
+    final_step,
+    first_choice,
+    fresh_global_batch,
+    full_state,
+    in_turn,
+    load_or_fall_back,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +168,7 @@ def _train(
         keep_every_n=config.checkpoint.keep_every_n,
         protected=start.directory,
     )
-    last_step = min(t.steps, t.stop_after) if t.stop_after else t.steps
+    last_step = final_step(config)
     origin = About(
         step=state.step,
         kind="full",
@@ -239,7 +248,7 @@ def _train(
                 logger.info("step %d  validation loss %.4f", step, value)
             stop, overdue, over = ranks.maximum(asked.signal, _overdue(last_save, config, ranks), saver.status())
             saved = saver.collect() if over else []
-            if config.checkpoint.enable_checkpoint and (step == last_step or stop or overdue or _in_turn(step, config)):
+            if config.checkpoint.enable_checkpoint and (step == last_step or stop or overdue or in_turn(step, config)):
                 directory, last_save = step_directory(folder, step), time.monotonic()
                 if config.checkpoint.model_weights_only and step == t.steps:
                     about = replace(origin, step=step, kind="model")
@@ -294,11 +303,6 @@ def compute_dtype(config: Config) -> torch.dtype:
     if asked == "auto":
         return torch.bfloat16 if own == torch.float32 and torch.cuda.is_available() else own
     return own if own != torch.float32 else dtype_from_name(asked)
-
-
-def _in_turn(step: int, config: Config) -> bool:
-    """Does the interval, counted in steps, end with this one?"""
-    return config.checkpoint.interval_type == "steps" and step % config.checkpoint.interval == 0
 
 
 def _overdue(last_save: float, config: Config, ranks: Ranks) -> bool:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reshard.checkpoint.layout import named_steps
 from reshard.checkpoint.load import Start, choose, load
+from reshard.checkpoint.ours import refuse_others
 from reshard.checkpoint.quarantine import SetAside, set_aside, set_damaged_aside
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.save import tensor_state
@@ -78,7 +80,8 @@ def initialise(parameters: Mapping[str, nn.Parameter], spec: LlamaSpec, rng_seed
 def first_choice(config: Config) -> tuple[Start, list[SetAside]]:
     """What this run should start from, as the folder is now. Rank 0 only; see checkpoint.load.choose.
 
-    Steps that their own manifest shows to be damaged are set aside first, unless one step is asked for by number.
+    Steps that their own manifest shows to be damaged are set aside first, unless one step is asked for by number. Raises
+    CheckpointError, too, where the name of a step that the run will save is taken by what is not ours.
     """
     folder = config.checkpoint_folder
     aside = set_damaged_aside(folder) if config.checkpoint.load_step < 0 else []
@@ -88,7 +91,30 @@ def first_choice(config: Config) -> tuple[Start, list[SetAside]]:
         steps=config.training.steps,
         initial_load_path=config.checkpoint.initial_load_path,
     )
+    if not start.finished:
+        _refuse_names_in_use(config, start)
     return start, aside
+
+
+def _refuse_names_in_use(config: Config, start: Start) -> None:
+    """Raise CheckpointError where a step that this run will save has the name of what is not ours: now, not at that step."""
+    first = start.manifest.step if start.resume and start.manifest is not None else 0
+    last = final_step(config)
+    for path, step in named_steps(config.checkpoint_folder):
+        saves = step == last or config.checkpoint.interval_type == "seconds" or in_turn(step, config)
+        if saves and first < step <= last:
+            refuse_others(path, hint=f"this run would save step {step} there: choose another --checkpoint.folder")
+
+
+def final_step(config: Config) -> int:
+    """Where does this start of the run end, if it is not stopped?"""
+    t = config.training
+    return min(t.steps, t.stop_after) if t.stop_after else t.steps
+
+
+def in_turn(step: int, config: Config) -> bool:
+    """Does the interval, counted in steps, end with this one?"""
+    return config.checkpoint.interval_type == "steps" and step % config.checkpoint.interval == 0
 
 
 def load_or_fall_back(
