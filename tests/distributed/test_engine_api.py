@@ -73,6 +73,7 @@ def test_mistakes_are_the_same_error_on_all_ranks(tmp_path: Path) -> None:
     seen = on_ranks(2, "mistakes", tmp_path)
     assert seen[0] == seen[1]
     words = [["`seen`", "rank 1"], ["`odd`", "a set"], ["missing", "absent"], ["`loader`"], ["step-7", "CRC32"]]
+    words += [["step-9", "holds notes.txt"]] * 2  # at once, and in the background
     assert len(seen[0]) == len(words)
     for message, expected in zip(seen[0], words, strict=True):
         assert all(word in message for word in expected), message
@@ -245,6 +246,15 @@ def case_mistakes(folder: Path) -> Any:
             path.write_bytes(content)
     dist.barrier()
     trying(lambda: reshard.load(folder / "step-7", {"a": a}))
+    if rank == 0:
+        (folder / "step-9").mkdir()
+        (folder / "step-9" / "notes.txt").write_text("somebody's")
+    dist.barrier()
+    trying(lambda: reshard.save(folder / "step-9", {"a": a}))
+    with reshard.AsyncSaver() as saver:
+        trying(lambda: saver.save(folder / "step-9", {"a": a}))
+    assert [path.name for path in folder.glob("step-9*")] == ["step-9"]
+    assert [path.name for path in (folder / "step-9").iterdir()] == ["notes.txt"]
     assert not (folder / "step-1").exists()
     return seen
 

@@ -71,7 +71,8 @@ def choose(folder: Path, *, load_step: int, steps: int, initial_load_path: str |
             raise TornCheckpoint(
                 f"checkpoint folder `{folder}` holds {listed(e.path.name for e in found)}, but no whole checkpoint",
                 path=folder,
-                hint="move them away to start afresh, or give --checkpoint.initial_load_path to start from their weights",
+                hint="move them away to start afresh, or give --checkpoint.initial_load_path with their new place as well, "
+                "to start from their weights",
             )
         if initial_load_path is not None:
             return _initial(Path(initial_load_path), notes)

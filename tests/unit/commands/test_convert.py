@@ -272,6 +272,15 @@ def test_exports_of_a_run_lie_where_no_resume_looks(tmp_path):
         written = export(step, tmp_path / "outputs", ["torchtune", "hf", "gguf"], dtype="float32")
     folder = tmp_path / "outputs" / "exports" / "step-7"
     assert written == [folder / "torchtune", folder / "hf", folder / "gguf" / "model.gguf"]
+    for to, name in (("hf", "README.md"), ("gguf", "old/model.gguf")):
+        notes = folder / to / name  # put there by somebody else
+        notes.parent.mkdir(exist_ok=True)
+        notes.write_text("mine")
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(FormatError, match=name):
+            export(step, tmp_path / "outputs", [to], dtype="float32")
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        notes.unlink()
     assert (folder / "torchtune" / "checkpointer.yaml").exists()
     assert open_source(folder / "hf").spec == spec
     assert [p.name for p in step.parent.iterdir()] == ["step-7"]

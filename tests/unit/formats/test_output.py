@@ -140,6 +140,18 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished_and_the_next_one
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_only_has_the_name_of_a_killed_conversion_stays(tmp_path, caplog):
+    mine = tmp_path / "out.tmp-0123456789abcdef"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    (tmp_path / "out.tmp-0123456789abcdee").symlink_to(mine)
+    write(output(), tmp_path / "out")
+    assert (mine / "thesis.txt").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 3
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["f"]
+    assert [str(mine) in r.getMessage() for r in caplog.records] == [False, True]
+
+
 def test_memory_is_shared_among_the_workers():
     assert slab_bytes(1 << 40, 2) == 8 << 20
     assert slab_bytes(64 << 20, 4) == 4 << 20
