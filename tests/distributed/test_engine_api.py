@@ -74,6 +74,7 @@ def test_mistakes_are_the_same_error_on_all_ranks(tmp_path: Path) -> None:
     assert seen[0] == seen[1]
     words = [["`seen`", "rank 1"], ["`odd`", "a set"], ["missing", "absent"], ["`loader`"], ["step-7", "CRC32"]]
     words += [["step-9", "holds notes.txt"]] * 2  # at once, and in the background
+    words += [["`model`", "model.1"]]
     assert len(seen[0]) == len(words)
     for message, expected in zip(seen[0], words, strict=True):
         assert all(word in message for word in expected), message
@@ -255,6 +256,14 @@ def case_mistakes(folder: Path) -> Any:
         trying(lambda: saver.save(folder / "step-9", {"a": a}))
     assert [path.name for path in folder.glob("step-9*")] == ["step-9"]
     assert [path.name for path in (folder / "step-9").iterdir()] == ["notes.txt"]
+    # Each rank has a stage of the model, and all of it is taken if each takes its own.
+    stages = [{"model": {str(stage): torch.full((9,), 1.0 + stage)}} for stage in range(2)]
+    reshard.save(folder / "step-8", {**stages[rank], "step": 8})
+    mine = {"model": {str(rank): torch.zeros(9)}}
+    assert reshard.load(folder / "step-8", mine) == ["step"]
+    assert torch.equal(mine["model"][str(rank)], stages[rank]["model"][str(rank)])
+    trying(lambda: reshard.load(folder / "step-8", {"model": {"0": torch.zeros(9)}} if rank == 0 else {"step": 0}))
+    assert reshard.load(folder / "step-8", {"step": 0} if rank else {}) == ["model.0", "model.1"]
     assert not (folder / "step-1").exists()
     return seen
 

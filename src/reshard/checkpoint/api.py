@@ -25,6 +25,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor  # private
 
 from reshard.checkpoint import archive
 from reshard.checkpoint.layout import entries, step_of
+from reshard.checkpoint.left_out import Held, Wanted, left_out
 from reshard.checkpoint.load import load as load_tensors
 from reshard.checkpoint.load import open_index
 from reshard.checkpoint.manifest import crc32_hex
@@ -67,20 +68,34 @@ def load(
     *,
     process_group: dist.ProcessGroup | None = None,
     cast: bool = False,
-) -> None:
+    strict: bool = True,
+) -> list[str]:
     """Fill a nested state dict in place from a checkpoint, saved on this or any other layout. Every rank calls it.
 
-    Each of its tensors is overwritten and each of its values replaced; what else the checkpoint holds is left alone.
+    Each of its tensors is overwritten and each of its values replaced. Returns the names of all that the checkpoint holds
+    and no rank's state dict takes, the same on every rank.
+    strict: what lies under a key of the state dict's top level (`model`, `optimizer`) is a section. Of a section that the
+    state dict names, all that is stored has to be taken, over all ranks together: an optimizer that has not taken a step
+    has no moments, and is refused. Sections that it does not name are left out, as `load(path, {"model": ...})` means it; a
+    tensor at the top level is a section of its own. False: any part will do.
     cast: convert numbers to the dtypes in state_dict, instead of refusing. DCP directories of other programs will do.
-    Raises on every rank: TensorMismatch before anything is touched, where names, shapes or dtypes do not fit;
-    IntegrityError where a byte is not what was written; StorageError; CheckpointError for what load cannot fill.
+    Raises on every rank: TensorMismatch before anything is touched, where names, shapes or dtypes do not fit, or a part of
+    a section is lacking; IntegrityError where a byte is not what was written; StorageError; CheckpointError for what load
+    cannot fill.
     """
     directory, ranks = Path(path), _ranks(process_group)
-    stored = ranks.on_first(lambda: _stored_values(directory))
+    held: list[Held] = []  # on the first rank only
+
+    def stored_values() -> dict[str, Any]:
+        values, names = _stored(directory)
+        held.append(names)
+        return values
+
+    stored = ranks.on_first(stored_values)
     tensors: dict[str, Tensor] = {}
     values: list[_Leaf] = []
 
-    def look() -> None:
+    def look() -> str:
         for leaf in _leaves(directory, state_dict):
             if isinstance(leaf.value, Tensor):
                 tensors[leaf.name] = leaf.value
@@ -89,11 +104,17 @@ def load(
         missing = [leaf.name for leaf in values if leaf.name not in stored]
         if missing:
             raise TensorMismatch(f"checkpoint `{directory}` lacks values", path=directory, missing=missing)
+        return crc32_hex("\n".join((*sections, "", *tensors, *(leaf.name for leaf in values))).encode())
 
-    ranks.everywhere(look)
+    sections = [str(key) for key in state_dict]
+    alike = len(set(ranks.everywhere(look))) == 1
+    wanted = Wanted(sections, [*tensors, *(leaf.name for leaf in values)])
+    of_ranks = [wanted] if alike else ranks.everywhere(lambda: wanted)
+    left = ranks.on_first(lambda: left_out(directory, held[0], of_ranks, strict=strict))
     load_tensors(directory, tensors, ranks, cast=cast)
     for leaf in values:
         leaf.put(_like(leaf.value, stored[leaf.name]))
+    return left
 
 
 def newest(folder: str | os.PathLike[str], *, process_group: dist.ProcessGroup | None = None) -> Path | None:
@@ -243,17 +264,19 @@ def _merged(directory: Path, of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def _stored_values(directory: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors; of a foreign one, what its pickles say that is plain."""
+def _stored(directory: Path) -> tuple[dict[str, Any], Held]:
+    """What a checkpoint holds beside tensors (of a foreign one, what its pickles say that is plain), and all its names."""
     manifest, index = open_index(directory)
+    values: dict[str, Any] = {}
     if VALUES in index.tensors:
         text = torch.empty(index.tensors[VALUES].shape, dtype=torch.uint8)
         load_tensors(directory, {VALUES: text}, Ranks())
-        values: dict[str, Any] = json.loads(bytes(bytes_of(text)))
-        return values
-    if manifest is not None:
-        return {}
-    return {name: value for name, value in read_objects(directory, index).items() if _is_plain(value)}
+        values = json.loads(bytes(bytes_of(text)))
+    elif manifest is None:
+        values = {name: value for name, value in read_objects(directory, index).items() if _is_plain(value)}
+    names = dict.fromkeys((*index.tensors, *values, *index.objects))
+    names.pop(VALUES, None)
+    return values, Held(list(names), index.paths)
 
 
 def _like(old: Any, new: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,7 +16,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint import state_dict as torch_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 import reshard
 from reshard.checkpoint.load import open_index
@@ -245,6 +253,140 @@ def test_a_step_cannot_contradict_the_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="expected 3"):
         reshard.save(tmp_path / "step-3", {"a": torch.ones(2)}, step=8)
     assert list(tmp_path.iterdir()) == []
+
+
+# -- a section that the state dict names is loaded as a whole ---------------------------------------------------------
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+# How an optimizer's state is made -> (its state dict, how it is given back).
+OPTIMIZERS: dict[str, tuple[Any, Any]] = {
+    "by parameter": (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    ),
+    "by parameter, flat": (
+        lambda model, optimizer: get_optimizer_state_dict(model, optimizer, options=FLAT),
+        lambda model, optimizer, state: set_optimizer_state_dict(model, optimizer, state, options=FLAT),
+    ),
+    "by number": (
+        lambda model, optimizer: optimizer.state_dict(),
+        lambda model, optimizer, state: optimizer.load_state_dict(state),
+    ),
+}
+
+
+@pytest.mark.parametrize("by", ["reshard.save", "dcp.save"])
+@pytest.mark.parametrize("how", list(OPTIMIZERS))
+def test_an_optimizer_without_moments_is_refused_and_the_hint_makes_them(
+    how: str, by: str, tmp_path: Path, trained: Any, step_on: Any
+) -> None:
+    get, give_back = OPTIMIZERS[how]
+    model, optimizer = trained(steps=3)
+    state = {"model": model.state_dict(), "optimizer": copy.deepcopy(get(model, optimizer))}
+    if by == "reshard.save":
+        reshard.save(tmp_path / "x", state)
+    else:
+        dcp.save(state, checkpoint_id=str(tmp_path / "x"), no_dist=True)
+
+    other, its_optimizer = trained(steps=0, seed=1)
+    groups = {key: value for key, value in get(other, its_optimizer).items() if not key.startswith("state")}
+    its_optimizer.state.clear()  # torch's function makes the moments: this is what other ways give for a new optimizer
+    before = copy.deepcopy(other.state_dict())
+    for lacking in ({"state": {}, **groups} if "flat" not in how else groups, groups, {}):
+        with pytest.raises(TensorMismatch) as caught:
+            reshard.load(tmp_path / "x", {"model": other.state_dict(), "optimizer": lacking})
+        assert "names `optimizer`" in caught.value.message
+        assert "exp_avg" in caught.value.message
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+    calls = re.findall(r"get_optimizer_state_dict\(.*?\)+", caught.value.hint or "")
+    assert len(calls) == 1
+    made = eval(calls[0], {**vars(torch_state_dict), "model": other, "optimizer": its_optimizer})  # as the hint says
+    moments = its_optimizer.state_dict() if "before optimizer.state_dict()" in (caught.value.hint or "") else made
+    found = {"model": other.state_dict(), "optimizer": moments}
+    assert reshard.load(tmp_path / "x", found) == []
+    give_back(other, its_optimizer, found["optimizer"])
+    step_on(model, optimizer, 2)  # plain torch, which was not interrupted
+    step_on(other, its_optimizer, 2)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def nested(tmp_path: Path) -> Path:
+    state = {
+        "model": {"a": torch.ones(2), "deep": {"b": torch.ones(3), "c": [torch.ones(1), 5]}},
+        "model.ema": {"a": torch.ones(2)},
+        "groups": [{"lr": 0.5, "betas": [0.1, 0.2]}, {"lr": 0.25}],
+        "step": 7,
+    }
+    reshard.save(tmp_path / "x", state)
+    return tmp_path / "x"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "lacking"),
+    [
+        ({"model": {"a": torch.zeros(2)}}, ["`model`", "model.deep.b", "model.deep.c.0", "model.deep.c.1"]),
+        ({"model": {"a": torch.zeros(2), "deep": {"b": torch.zeros(3), "c": [torch.zeros(1)]}}}, ["model.deep.c.1"]),
+        ({"model": {}}, ["`model`", "model.a"]),
+        ({"groups": [{"lr": 0.0, "betas": []}]}, ["`groups`", "groups.1.lr"]),
+        ({"groups": [{"lr": 0.0}, {"lr": 0.0}]}, ["groups.0.betas"]),
+        ({"step": 0, "model.ema": {}}, ["`model.ema`", "model.ema.a"]),
+    ],
+    ids=["tensors", "a value", "everything", "an entry of a list", "a value in a list", "a key with a dot"],
+)
+def test_a_part_of_a_section_is_refused_unless_it_is_asked_for(
+    nested: Path, wanted: dict[str, Any], lacking: list[str]
+) -> None:
+    before = copy.deepcopy(wanted)
+    with pytest.raises(TensorMismatch) as caught:
+        reshard.load(nested, wanted)
+    assert all(word in caught.value.message for word in [*lacking, str(nested)]), caught.value.message
+    assert "strict=False" in (caught.value.hint or "")
+    assert repr(wanted) == repr(before)
+    left = reshard.load(nested, wanted, strict=False)
+    assert {name for name in lacking if "`" not in name} <= set(left)
+    assert repr(wanted) != repr(before) or wanted == {"model": {}}
+
+
+def test_sections_that_are_not_named_are_returned(nested: Path) -> None:
+    whole = {
+        "model": {"a": torch.zeros(2), "deep": {"b": torch.zeros(3), "c": [torch.zeros(1), 0]}},
+        "model.ema": {"a": torch.zeros(2)},
+        "groups": [{"lr": 0.0, "betas": []}, {"lr": 0.0}],
+        "step": 0,
+    }
+    names = {
+        "model": ["model.a", "model.deep.b", "model.deep.c.0", "model.deep.c.1"],
+        "model.ema": ["model.ema.a"],
+        "groups": ["groups.0.betas", "groups.0.lr", "groups.1.lr"],
+        "step": ["step"],
+    }
+    for section in whole:
+        others = sorted(name for other in names if other != section for name in names[other])
+        assert reshard.load(nested, {section: whole[section]}) == others
+    assert reshard.load(nested, whole) == []
+    assert reshard.load(nested, {}) == sorted(name for of_section in names.values() for name in of_section)
+
+
+def test_what_is_missing_is_said_with_what_is_left_out(nested: Path) -> None:
+    """As where the parameters have other names."""
+    with pytest.raises(TensorMismatch) as caught:
+        reshard.load(nested, {"model.ema": {"module.a": torch.zeros(2)}})
+    assert caught.value.missing == ("model.ema.module.a",)
+    assert "model.ema.a" in caught.value.message
+
+
+def test_a_part_of_a_flat_state_dict_is_said(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert reshard.load(saved, {"a": torch.zeros(6, 4)}) == ["b", "step"]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"`{saved}` also holds tensors that were not asked for: b"
+    ]
+    caplog.clear()
+    assert reshard.load(saved, {"a": torch.zeros(6, 4)}, strict=False) == ["b", "step"]
+    assert reshard.load(saved, {"a": torch.zeros(6, 4), "b": torch.zeros(3)}) == ["step"]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 # -- checkpoints of other programs ------------------------------------------------------------------------------------
