@@ -197,6 +197,8 @@ class ReshardWriter(StorageWriter):
 class ReshardReader(StorageReader):
     """Reads our checkpoints and other programs' DCP directories for dcp.load; no byte is used that was not checked.
 
+    Which names are read is torch's planner's choice. It refuses those that the checkpoint lacks, unless allow_partial_load;
+    of what the state dict lacks, an optimizer's moments for example, it says nothing. `reshard.load` does.
     path: the directory; `checkpoint_id` of the call takes precedence.
     Raises (torch hands it on inside of a CheckpointException) CheckpointErrors and FormatErrors, naming file and tensor.
     """
