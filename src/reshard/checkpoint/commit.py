@@ -164,8 +164,9 @@ def _finish_exchange(old: Path) -> str:
         fsync_directory(directory.parent)
         remove(old)
         return f"finished the save of {name}, which was interrupted while it replaced an older one"
-    if not (old / MANIFEST).is_file() and (others := not_ours(old)):
-        return f"left {old.name}: it {others}"  # nobody's step
+    others = not_ours(old)
+    if others is not None and (old.is_symlink() or not (old / MANIFEST).is_file()):
+        return f"left {old.name}: it {others}"  # no step of ours
     if not _is_free(directory):
         refuse_others(directory)
         os.rename(directory, free_name(directory, "damaged"))

@@ -67,9 +67,10 @@ def choose(folder: Path, *, load_step: int, steps: int, initial_load_path: str |
                 path=folder,
                 hint="start afresh in another --checkpoint.folder, or restore a checkpoint from a copy",
             )
-        if found and initial_load_path is None:
+        torn = [e.path.name for e in found if any(e.path.iterdir())]
+        if torn and initial_load_path is None:
             raise TornCheckpoint(
-                f"checkpoint folder `{folder}` holds {listed(e.path.name for e in found)}, but no whole checkpoint",
+                f"checkpoint folder `{folder}` holds {listed(torn)}, but no whole checkpoint",
                 path=folder,
                 hint="move them away to start afresh, or give --checkpoint.initial_load_path with their new place as well, "
                 "to start from their weights",

@@ -318,6 +318,14 @@ def test_a_run_is_refused_only_where_it_would_save(folder: Path, make: Any) -> N
     assert {name: content for name, content in tree(folder).items() if not name.startswith("step-7")} == before
 
 
+def test_a_run_uses_an_empty_directory(folder: Path, make: Any) -> None:
+    (folder / "step-4").mkdir(parents=True)
+    assert first_choice(config(folder))[0].directory is None
+    make(4)
+    assert verify_checkpoint(folder / "step-4").whole
+    assert [path.name for path in folder.iterdir()] == ["step-4"]
+
+
 def test_what_is_torn_and_ours_is_still_set_aside_whole(folder: Path, make: Any) -> None:
     make(2)
     make(4)
