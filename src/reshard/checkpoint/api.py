@@ -54,9 +54,9 @@ def save(
     or a value is taken to be the same on every rank that has it. process_group: of the ranks that save together, able to
     move CPU tensors; None takes all ranks, or this process alone where torch.distributed is not initialised.
     step: for the record; None takes it from a name like `step-10`.
-    An older checkpoint of this name is replaced only when the new one is whole.
+    An older checkpoint of this name is replaced only when the new one is whole; an empty directory is used.
     Raises CheckpointError on every rank, and then nothing is left of this save: for what cannot be stored, for values on
-    which ranks disagree, for a disk that refuses.
+    which ranks disagree, for a directory that holds what is not ours, for a disk that refuses.
     """
     directory, ranks = Path(path), _ranks(process_group)
     save_state(directory, _state(directory, state_dict, ranks), _about(directory, step), ranks)
@@ -104,7 +104,7 @@ def load(
         missing = [leaf.name for leaf in values if leaf.name not in stored]
         if missing:
             raise TensorMismatch(f"checkpoint `{directory}` lacks values", path=directory, missing=missing)
-        return crc32_hex("\n".join((*sections, "", *tensors, *(leaf.name for leaf in values))).encode())
+        return crc32_hex(json.dumps((sections, list(tensors), [leaf.name for leaf in values])).encode())
 
     sections = [str(key) for key in state_dict]
     alike = len(set(ranks.everywhere(look))) == 1
@@ -276,7 +276,7 @@ def _stored(directory: Path) -> tuple[dict[str, Any], Held]:
         values = {name: value for name, value in read_objects(directory, index).items() if _is_plain(value)}
     names = dict.fromkeys((*index.tensors, *values, *index.objects))
     names.pop(VALUES, None)
-    return values, Held(list(names), index.paths)
+    return values, Held(list(names), index.paths, index.objects.keys() - values.keys())
 
 
 def _like(old: Any, new: Any) -> Any:

@@ -8,7 +8,7 @@ a section of its own, so any part of a flat state dict can be asked for by name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 class Held(NamedTuple):
-    """What a checkpoint holds, tensors first. paths: name -> its place in the state that was saved, where that is known."""
+    """What a checkpoint holds, tensors first.
+
+    paths: name -> its place in the state that was saved, where that is known. pickled: what cannot be loaded.
+    """
 
     names: list[str]
     paths: Mapping[str, tuple[str | int, ...]]
+    pickled: Set[str]
 
 
 class Wanted(NamedTuple):
@@ -54,7 +58,7 @@ def left_out(directory: Path, held: Held, of_ranks: Sequence[Wanted], *, strict:
             f"that checkpoint `{directory}` has there: {listed(names)}",
             path=directory,
             missing=sorted(taken.difference(held.names)),
-            hint=_hint(lacking, held.paths),
+            hint=_hint(lacking, held),
         )
     top = {name for name, path in held.paths.items() if len(path) == 1}
     more = [name for name in left if name in top]
@@ -73,13 +77,16 @@ def _section_of(name: str, sections: set[str]) -> str | None:
     return None
 
 
-def _hint(lacking: Mapping[str, list[str]], paths: Mapping[str, tuple[str | int, ...]]) -> str:
+def _hint(lacking: Mapping[str, list[str]], held: Held) -> str:
     """What makes a state dict that has all of a section, if it is followed to the letter."""
     any_part = "load(..., strict=False) takes what is there, and returns what was left out"
     for section, names in lacking.items():
         moments = [name for name in names if name.startswith(f"{section}.state.")]
         if moments:
-            return f"{_moments_made(section, paths.get(moments[0], ()))}; or {any_part}"
+            return f"{_moments_made(section, held.paths.get(moments[0], ()))}; or {any_part}"
+    pickled = [name for names in lacking.values() for name in names if name in held.pickled]
+    if pickled:
+        return f"{listed(pickled)}: pickled, which is not loaded; {any_part}"
     return f"give it these names, too; or {any_part}"
 
 

@@ -412,8 +412,13 @@ def test_what_dcp_pickled_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     dcp.save({"a": torch.ones(3), "evil": NotPlain()}, checkpoint_id=str(tmp_path / "theirs"), no_dist=True)
     found = {"a": torch.zeros(3)}
-    reshard.load(tmp_path / "theirs", found)
+    assert reshard.load(tmp_path / "theirs", found) == ["evil"]
     assert torch.equal(found["a"], torch.ones(3))
+    dcp.save({"part": {"a": torch.ones(3), "evil": NotPlain()}}, checkpoint_id=str(tmp_path / "in"), no_dist=True)
+    with pytest.raises(TensorMismatch, match=r"part\.evil: pickled") as caught:
+        reshard.load(tmp_path / "in", {"part": {"a": torch.zeros(3)}})
+    assert "strict=False" in (caught.value.hint or "")
+    assert reshard.load(tmp_path / "in", {"part": {"a": torch.zeros(3)}}, strict=False) == ["part.evil"]
     with pytest.raises(TensorMismatch, match="evil"):
         reshard.load(tmp_path / "theirs", {"evil": None})
     assert not (tmp_path / "proof-that-code-ran").exists()
