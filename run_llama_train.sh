@@ -18,5 +18,5 @@ reshard config --check --world-size "$NGPU" "$CONFIG" "$@"
 
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
-exec torchrun --nproc-per-node "$NGPU" --rdzv-backend c10d --rdzv-endpoint localhost:0 \
+exec python3 "$root/scripts/launch.py" torchrun --nproc-per-node "$NGPU" --rdzv-backend c10d --rdzv-endpoint localhost:0 \
     --local-ranks-filter "${LOG_RANK:-0}" -m reshard train "$CONFIG" "$@"

@@ -29,7 +29,7 @@ reshard config --check --world-size $((SLURM_NNODES * NGPU)) "$CONFIG" "$@"
 reshard tokenize "$CONFIG" "$@"
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --kill-on-bad-exit=1 torchrun \
+exec python3 scripts/launch.py srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "$NGPU" \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:${MASTER_PORT:-29500}" \
     -m reshard train "$CONFIG" "$@"

@@ -27,6 +27,6 @@ reshard config --check --world-size $((NNODES * NGPU)) "$CONFIG" "$@"
 
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
-exec torchrun --nnodes "$NNODES" --nproc-per-node "$NGPU" \
+exec python3 "$root/scripts/launch.py" torchrun --nnodes "$NNODES" --nproc-per-node "$NGPU" \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}" --rdzv-id "${RUN_ID:-reshard}" --rdzv-conf join_timeout=900 \
     --local-ranks-filter "${LOG_RANK:-0}" -m reshard train "$CONFIG" "$@"

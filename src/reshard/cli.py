@@ -1,6 +1,7 @@
 """What did the user type? Parses, dispatches, sets the exit code. Imports no torch until a verb needs it.
 
-Exit codes: 0 yes or done, 1 a checked "no", 2 cannot (bad input, with a sentence and a hint on stderr).
+Exit codes: 0 yes or done, 1 a checked "no", 2 cannot (bad input, with a sentence and a hint on stderr), 75 a training
+that a signal has stopped (EX_TEMPFAIL of sysexits.h: the same command goes on).
 """
 
 from __future__ import annotations
@@ -58,11 +59,26 @@ def train(arguments: Sequence[str]) -> None:
     from reshard.train.loop import train as run
 
     outcome = run(config)
+    if outcome.stopped:
+        _end_stopped(outcome.stopped, alone=place.world_size == 1)
     if config.checkpoint.export and place.rank == 0 and outcome.checkpoint and outcome.step == config.training.steps:
         from reshard.commands.export import export
 
         for path in export(outcome.checkpoint, Path(config.job.dump_folder), config.checkpoint.export):
             logger.info("exported %s", path)
+
+
+def _end_stopped(signal_name: str, *, alone: bool) -> None:
+    """Tell whoever started this training that a signal has stopped it.
+
+    A process on its own does so by its exit code. A rank of torchrun, which starts failed ranks again, exits 0, and writes
+    the signal into the file that scripts/launch.py has made on this machine.
+    """
+    told = Path(os.environ.get("RESHARD_STOPPED", ""))
+    if told.is_file():
+        told.write_text(signal_name)
+    if alone and "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(os.EX_TEMPFAIL)
 
 
 @cli.command(context_settings=_KEYS)

@@ -16,7 +16,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from reshard import compat
-from reshard.errors import ConfigError, nearest
+from reshard.errors import ConfigError, listed, nearest
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 ExportDtype = Literal["float16", "bfloat16", "float32", "float64"]
@@ -324,6 +324,31 @@ def load_config(path: str | Path | None, arguments: Sequence[str] = ()) -> tuple
     for section, values in from_line.data.items():
         data.setdefault(section, {}).update(values)
     return _validated(data), list(dict.fromkeys(warnings))
+
+
+def check_checkpointing(config: Config) -> None:
+    """Raise ConfigError where something is asked of checkpoints while enable_checkpoint is off: it would not happen.
+
+    Settings that only say how (folder, interval, dtype, retention) ask for nothing, and are for the day it is on.
+    """
+    asked = config.checkpoint
+    if asked.enable_checkpoint:
+        return
+    requests = {
+        "initial_load_path": asked.initial_load_path is not None,
+        "load_step": asked.load_step >= 0,
+        "exclude_from_loading": bool(asked.exclude_from_loading),
+        "model_weights_only": asked.model_weights_only,
+        "export": bool(asked.export),
+    }
+    keys = [f"checkpoint.{key}" for key, is_asked in requests.items() if is_asked]
+    if keys:
+        raise ConfigError(
+            f"{listed(keys)} {'is' if len(keys) == 1 else 'are'} set, but checkpoint.enable_checkpoint is false: "
+            "nothing would be loaded or saved",
+            key="checkpoint.enable_checkpoint",
+            hint=f"--checkpoint.enable_checkpoint, or leave {listed(keys)} out",
+        )
 
 
 def config_to_toml(config: Config) -> str:

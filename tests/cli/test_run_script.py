@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import socket
+import subprocess
+import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -63,6 +68,44 @@ def test_the_guides_seed_and_two_ranks_that_train_from_it(shell: Any, tiny: str,
     again = shell(f"NGPU=2 CONFIG=mine.toml {words}", cwd=tmp_path)
     assert again.code == 0, again.err
     assert "[0] run/checkpoint/step-4 has reached training.steps 4: nothing to do" in again.err
+
+
+STOPPED = [
+    ("run_llama_train.sh", "2", [signal.SIGTERM, signal.SIGTERM]),
+    ("scripts/torchrun_nodes.sh", "1", [signal.SIGUSR1]),
+    ("reshard train", "1", [signal.SIGINT]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("program", "ngpu", "signals"), STOPPED, ids=str)
+def test_a_run_that_a_signal_stops_has_saved_and_says_by_75_that_it_is_not_finished(
+    program: str, ngpu: str, signals: list[signal.Signals], tiny: str, tmp_path: Path, project: Path
+) -> None:
+    """The signals go to the script's own process alone, as from a scheduler that knows nothing else."""
+    words = f"{DEBUG} {tiny} --checkpoint.enable_checkpoint --job.dump_folder {tmp_path}/run".split()
+    words += ["--training.steps", "100000", "--checkpoint.interval", "100000"]
+    given = {"NGPU": ngpu, "NNODES": "1", "HEAD": "localhost", "PORT": free_port(), "OMP_NUM_THREADS": "1"}
+    if program == "run_llama_train.sh":
+        given["CONFIG"] = words.pop(0)
+    command = [sys.executable, "-m", *program.split()] if " " in program else [str(project / program)]
+    environment = {**os.environ, **given, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    run = subprocess.Popen([*command, *words], cwd=project, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while run.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.1)
+        for number in signals:
+            run.send_signal(number)
+        _, said = run.communicate(timeout=240)
+    finally:
+        run.kill()
+    assert run.returncode == 75, said
+    *_, end = lines(tmp_path / "run" / "events.jsonl")
+    assert (end["event"], end["stopped"]) == ("end", signals[0].name)
+    [entry] = entries(tmp_path / "run" / "checkpoint")
+    assert entry.manifest is not None
+    assert (entry.step, entry.manifest.kind) == (end["step"], "full")
 
 
 def test_config_goes_before_config_file(shell: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 
 from reshard import compat
+from reshard.commands.check import check
 from reshard.config import Config, Section, config_to_toml, load_config, sections
 from reshard.errors import ConfigError
 
@@ -562,3 +563,30 @@ if __name__ == "__main__":
     guide = PROJECT / "docs" / "coming-from-torchtitan.md"
     before, begin, rest = guide.read_text(encoding="utf-8").partition("| torchtitan | here |\n")
     guide.write_text(before + option_table() + rest[rest.index("\n\n") :], encoding="utf-8")
+
+
+# -- what asks for something while checkpoints are off
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["--checkpoint.initial_load_path", "somewhere"], "checkpoint.initial_load_path is"),
+        (["--checkpoint.load_step", "0"], "checkpoint.load_step is"),
+        (["--checkpoint.export", "hf"], "checkpoint.export is"),
+        (["--checkpoint.model_weights_only"], "checkpoint.model_weights_only is"),
+        (["--checkpoint.exclude_from_loading", "data"], "checkpoint.exclude_from_loading is"),
+        (["--checkpoint.load_step", "3", "--checkpoint.export", "hf"], "checkpoint.load_step, checkpoint.export are"),
+    ],
+)
+def test_what_asks_for_checkpoints_while_they_are_off_is_refused(words: list[str], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(typed(*words), 1)
+    assert caught.value.message.startswith(f"{key} set, but checkpoint.enable_checkpoint is false")
+    check(typed(*words, "--checkpoint.enable_checkpoint"), 1)  # as the hint says
+
+
+def test_settings_of_checkpoints_that_are_off_are_accepted() -> None:
+    settings = ["folder=ckpt", "interval=7", "interval_type=seconds", "export_dtype=bfloat16", "keep_latest_k=2"]
+    settings += ["async_mode=async", "load_step=-1", "model_weights_only=false"]
+    check(typed(*(f"--checkpoint.{setting}" for setting in settings)), 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reshard.config import Config
+from reshard.config import Config, check_checkpointing
 from reshard.errors import LayoutError
 from reshard.model.build import spec_of
 from reshard.parallel.dims import check_fit, plan_batches, resolve_layout
@@ -22,6 +22,7 @@ def check(config: Config, world_size: int) -> None:
     spec = spec_of(config)
     if seeding:  # needs neither text nor tokenizer
         return
+    check_checkpointing(config)
     check_fit(layout, spec, config)
     if config.training.global_batch_size > 0:
         plan_batches(layout, config, config.training.global_batch_size)

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import loss_parallel
 
 from reshard.checkpoint.commit import recover
-from reshard.checkpoint.layout import step_directory
+from reshard.checkpoint.layout import named_steps, step_directory
 from reshard.checkpoint.load import Start
 from reshard.checkpoint.lock import check_shared, own_folder
 from reshard.checkpoint.quarantine import SetAside
@@ -34,8 +34,8 @@ from reshard.checkpoint.save import About
 from reshard.checkpoint.saver import Saved, Saver
 from reshard.checkpoint.state import dtype_from_name, dtype_name
 from reshard.checkpoint.weights import weights_state
-from reshard.config import Config, config_to_toml
-from reshard.errors import TrainingError
+from reshard.config import Config, check_checkpointing, config_to_toml
+from reshard.errors import TrainingError, listed
 from reshard.model.build import spec_of
 from reshard.model.llama import Llama, Part
 from reshard.model.spec import LlamaSpec, flops_per_token, parameter_count
@@ -67,15 +67,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its last step, its last loss (None where there was nothing to do), its last checkpoint."""
+    """How a run ended: its last step, its last loss (None where there was nothing to do), its last checkpoint.
+
+    stopped: the name of the signal that ended it before its last step.
+    """
 
     step: int
     loss: float | None
     checkpoint: Path | None
+    stopped: str | None = None
 
 
 def train(config: Config) -> Outcome:
     """Train as the config says, on this process's share of the ranks. Every rank calls it. Raises ReshardError."""
+    check_checkpointing(config)
     place = place_from_environment()
     layout = resolve_layout(config, place.world_size)
     spec = spec_of(config)
@@ -123,6 +128,11 @@ def _train(
             return Outcome(start.manifest.step, None, start.directory)
         check_data(start, fingerprint, config)
         ranks.on_first(lambda: check_space(folder, spec, config))
+    elif place.rank == 0 and (unused := named_steps(folder)):
+        logger.warning(
+            "`%s` holds %s, of which nothing is loaded: checkpoint.enable_checkpoint is false",
+            folder, listed(path.name for path, _ in unused),
+        )  # fmt: skip
 
     # -- the model, this rank's part of it -----------------------------------------------------------------------
     begun = time.perf_counter()
@@ -204,7 +214,7 @@ def _train(
         )
 
     # -- the steps -----------------------------------------------------------------------------------------------
-    directory, loss_value, last_save, first_step = None, None, time.monotonic(), state.step + 1
+    directory, loss_value, stopped, last_save, first_step = None, None, None, time.monotonic(), state.step + 1
     background = Ranks(world.background) if config.checkpoint.async_mode != "disabled" else None
     limit = config.checkpoint.async_write_limit_mb_s * 1e6
     report.start_clock()
@@ -261,17 +271,18 @@ def _train(
                 saved += saver.collect()
             for done in saved:
                 _after_save(done, clean_up, ranks, report)
-            if stop:
+            if stop and step < last_step:
+                stopped = signal.Signals(stop).name
                 where = f"saved {directory}" if config.checkpoint.enable_checkpoint else "checkpoints are not enabled"
-                logger.info("%s: stopping after step %d, %s", signal.Signals(stop).name, step, where)
-                report.event("stop", step=step, signal=signal.Signals(stop).name)
+                logger.info("%s: stopping after step %d, %s", stopped, step, where)
+                report.event("stop", step=step, signal=stopped)
                 break
             if step == first_step:  # the first one may compile, and wait for slow starters
                 set_timeouts(config.comm, list(groups.values()))
             report.start_clock()  # saves and validations are not part of the next step's time
-    report.event("end", step=state.step, loss=loss_value)
+    report.event("end", step=state.step, loss=loss_value, **({"stopped": stopped} if stopped else {}))
     report.close()
-    return Outcome(state.step, loss_value, directory)
+    return Outcome(state.step, loss_value, directory, stopped)
 
 
 def _part_of_model(
