@@ -41,12 +41,28 @@ def launch(command: Sequence[str]) -> int:
             return 127
         for number in PASSED_ON:
             if signal.getsignal(number) != signal.SIG_IGN:  # e.g. a hangup, where nohup has started this script
-                signal.signal(number, lambda number, _frame: child.send_signal(number))
+                signal.signal(number, _PassOn(child))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         code = child.wait()
         if Path(told.name).stat().st_size:
             return os.EX_TEMPFAIL
     return code if code >= 0 else 128 - code
+
+
+class _PassOn:
+    """Signal handler. The first signal asks the ranks to save and end; more of them would make torchrun kill the ranks in
+    the midst of it, so only those of somebody who does not want to wait are passed on: SIGQUIT, and SIGINT once more.
+    """
+
+    asked = 0
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = child
+
+    def __call__(self, number: int, _frame: object) -> None:
+        if not _PassOn.asked or number == signal.SIGQUIT or (number == signal.SIGINT == _PassOn.asked):
+            self._child.send_signal(number)
+        _PassOn.asked = _PassOn.asked or number
 
 
 def _before_the_command() -> None:

@@ -71,7 +71,7 @@ def test_the_guides_seed_and_two_ranks_that_train_from_it(shell: Any, tiny: str,
 
 
 STOPPED = [
-    ("run_llama_train.sh", "2", [signal.SIGTERM, signal.SIGTERM]),
+    ("run_llama_train.sh", "2", [signal.SIGTERM] * 5),
     ("scripts/torchrun_nodes.sh", "1", [signal.SIGUSR1]),
     ("reshard train", "1", [signal.SIGINT]),
 ]

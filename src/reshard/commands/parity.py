@@ -166,7 +166,7 @@ def config_for(config: Config, wanted: Wanted, *, steps: int, global_batch_size:
         },
         parallelism=degrees,
         validation={"freq": 0},
-        checkpoint={"enable_checkpoint": False, "create_seed_checkpoint": False},
+        checkpoint=Checkpoint().model_dump(),
         metrics={"enable_tensorboard": False},
         profiling={"enable_profiling": False},
     )
