@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from reshard.commands.check import check
-from reshard.config import Config, Parallelism, config_to_toml
+from reshard.config import Checkpoint, Config, Parallelism, config_to_toml
 from reshard.errors import LayoutError, TrainingError, nearest
 from reshard.parallel.dims import Layout
 from reshard.parallel.world import end_with_parent
