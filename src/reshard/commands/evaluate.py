@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 
+from reshard.commands.model_tokenizer import model_tokenizer
 from reshard.commands.open_model import load_model, what_it_is
 from reshard.config import Config
 from reshard.errors import DataError
 from reshard.model.llama import cross_entropy_sum
 from reshard.model.spec import LlamaSpec
 from reshard.progress import progress_bar
-from reshard.text.cache import prepare, tokenizer_for
+from reshard.text.cache import prepare
 from reshard.text.entropy import unigram_entropy
 from reshard.text.order import held_out
+from reshard.text.tokenizers import Tokenizer
 
 
 def run(
@@ -37,12 +39,13 @@ def run(
     """
     config, source = what_it_is(path, config_path, flavor)
     assert source.spec is not None
+    names_it = config_path is not None and "tokenizer_path" in config.model.model_fields_set
+    own = model_tokenizer(source, config, named=tokenizer, config_names_it=names_it)
     config = config.with_values(
-        model={"tokenizer_path": tokenizer or config.model.tokenizer_path},
         training={"seq_len": seq_len or config.training.seq_len},
         validation={"freq": 0},
     )
-    tokens, name = _text(config, source.spec, data)
+    tokens, name = _text(config, source.spec, own, data)
     chosen = held_out(tokens, config.training.seq_len, sequences)
     if len(chosen) == 0:
         raise DataError(
@@ -69,16 +72,14 @@ def run(
     }
 
 
-def _text(config: Config, spec: LlamaSpec, data: str | None) -> tuple[Any, str]:
+def _text(config: Config, spec: LlamaSpec, tokenizer: Tokenizer, data: str | None) -> tuple[Any, str]:
     """The tokens to measure on, and what to call them."""
     trained_on = config.training.dataset
     if data is None or data == trained_on:
         if config.validation.fraction == 0:
             config = config.with_values(validation={"fraction": 0.02})
-        found, _ = prepare(config, spec.vocab_size)
+        found, _ = prepare(config, spec.vocab_size, tokenizer=tokenizer)
         return found.validation, f"{trained_on} (held-out documents)"
-    # Other text, but the run's own tokenizer: one that was trained on the spot was trained on the run's text.
-    tokenizer = tokenizer_for(config, spec.vocab_size)
     other = config.with_values(training={"dataset": data, "dataset_path": None}, validation={"fraction": 0.0})
     found, _ = prepare(other, spec.vocab_size, tokenizer=tokenizer)
     return found.train, data

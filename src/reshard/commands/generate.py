@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reshard.commands.model_tokenizer import model_tokenizer
 from reshard.commands.open_model import load_model, what_it_is
 from reshard.errors import ConfigError, DataError
 from reshard.model.llama import Block, Llama
-from reshard.text.cache import tokenizer_for
 
 
 def run(
@@ -35,9 +35,8 @@ def run(
     """
     config, source = what_it_is(path, config_path, flavor)
     assert source.spec is not None
-    if tokenizer is not None:
-        config = config.with_values(model={"tokenizer_path": tokenizer})
-    known = tokenizer_for(config, source.spec.vocab_size)
+    names_it = config_path is not None and "tokenizer_path" in config.model.model_fields_set
+    known = model_tokenizer(source, config, named=tokenizer, config_names_it=names_it)
     (encoded,) = known.encode_batch([prompt])
     begin = [] if known.bos_id is None else [known.bos_id]
     tokens = [*begin, *(int(token) for token in encoded)]

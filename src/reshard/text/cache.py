@@ -116,6 +116,11 @@ def tokenizer_for(
     )
 
 
+def fingerprint_of(tokenizer: Tokenizer) -> str:
+    """What a checkpoint records of its run's tokenizer."""
+    return f"{tokenizer.identity[:16]} ({tokenizer.vocab_size} tokens)"
+
+
 def is_held_out(number: int, fraction: float) -> bool:
     """Is document `number` for validation? Depends on nothing else, so growing a dataset moves no document.
 
@@ -245,7 +250,7 @@ def _build(
             "format": FORMAT,
             "dtype": dtype,
             "dataset": source.name,
-            "tokenizer": f"{tokenizer.identity[:16]} ({tokenizer.vocab_size} tokens)",
+            "tokenizer": fingerprint_of(tokenizer),
             "documents": documents,
             "train_tokens": sizes[0],
             "validation_tokens": sizes[1],
