@@ -95,7 +95,6 @@ def ids(tokenizer: Tokenizer) -> list[int]:
 
 
 EVAL: dict[str, Any] = {
-    "data": None,
     "config_path": None,
     "flavor": None,
     "seq_len": 16,
