@@ -20,6 +20,7 @@ import click
 
 from reshard.config import Config, config_to_toml, load_config, sections
 from reshard.errors import RankLost, ReshardError, listed
+from reshard.paths import local_path
 
 logger = logging.getLogger("reshard")
 
@@ -29,6 +30,15 @@ _ARGUMENTS = click.argument(
     "arguments", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG.toml] [--section.key value]..."
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
+
+
+class _LocalPath(click.Path):
+    """A path as it was typed; the address of a store is refused before pathlib makes a path of it."""
+
+    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Raises CheckpointError for an address."""
+        local_path(value)
+        return Path(super().convert(value, param, ctx))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -135,9 +145,9 @@ def config(arguments: Sequence[str], keys: bool, checking: bool, world_size: int
 
 
 @cli.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=_LocalPath(path_type=Path))
 @click.option("--prompt", default="", help="Text to continue; none: from the beginning of a document.")
-@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Config that says model and tokenizer.")
+@click.option("--config", "config_path", type=_LocalPath(path_type=Path), help="Config that says model and tokenizer.")
 @click.option("--model", "flavor", help="Flavor of a bare .pt, e.g. debugmodel or 8B.")
 @click.option("--tokenizer", help="Tokenizer, as in model.tokenizer_path.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens to generate.")
@@ -208,7 +218,7 @@ def parity(arguments: Sequence[str], layouts: str, steps: int, as_json: bool) ->
 
 
 @cli.command("eval")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=_LocalPath(path_type=Path))
 @click.option(
     "--data",
     help="Text to measure on: `stdlib`, a file or folder, or a dataset's name. Default: what it was trained on, held-out part.",
@@ -216,7 +226,7 @@ def parity(arguments: Sequence[str], layouts: str, steps: int, as_json: bool) ->
 @click.option(
     "--config",
     "config_path",
-    type=click.Path(path_type=Path),
+    type=_LocalPath(path_type=Path),
     help="Config that says model and tokenizer, where PATH does not.",
 )
 @click.option("--model", "flavor", help="Flavor of a bare .pt, e.g. debugmodel or 8B.")
@@ -253,7 +263,7 @@ def evaluate(
 
 
 @cli.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=_LocalPath(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor with shape, dtype and bytes.")
 @click.option("--tensor", "name", metavar="NAME", help="One tensor: where it lies, its statistics and a histogram.")
 @click.option("--tree", "as_tree", is_flag=True, help="The tensors' names as a tree, with sizes.")
@@ -268,9 +278,9 @@ def inspect(path: Path, tensors: bool, name: str | None, as_tree: bool, as_json:
 
 
 @cli.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("run_dir", type=_LocalPath(path_type=Path))
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="The HTML file to write. Default: report.html in RUN_DIR."
+    "--output", type=_LocalPath(path_type=Path), help="The HTML file to write. Default: report.html in RUN_DIR."
 )
 @click.option("--png", is_flag=True, help="Also write each curve as a PNG file beside it.")
 @click.option("--verify", "verifying", is_flag=True, help="Read every byte of every checkpoint, and report the times.")
@@ -287,7 +297,7 @@ def report(run_dir: Path, output: Path | None, png: bool, verifying: bool, as_js
 
 
 @cli.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=_LocalPath(path_type=Path))
 @click.option(
     "--level",
     type=click.Choice(["files", "bytes"]),
@@ -326,8 +336,8 @@ def verify(paths: Sequence[Path], level: Literal["files", "bytes"], as_json: boo
 
 
 @cli.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("source", type=_LocalPath(path_type=Path))
+@click.argument("target", type=_LocalPath(path_type=Path))
 @click.option(
     "--to",
     type=click.Choice(["dcp", "hf", "meta", "torch", "torchtune", "gguf"]),
@@ -336,7 +346,7 @@ def verify(paths: Sequence[Path], level: Literal["files", "bytes"], as_json: boo
 @click.option("--model", help="What SOURCE is, if it does not say: FLAVOR, NAME/FLAVOR, a params.json or config.json.")
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "float64"]), help="Cast on the way.")
 @click.option("--rope-scaling-factor", type=float, help="Instead of the release's, 32 for 3.2's 1B and 3B, else 8.")
-@click.option("--tokenizer", type=click.Path(path_type=Path, exists=True), help="Instead of the one beside SOURCE.")
+@click.option("--tokenizer", type=_LocalPath(path_type=Path, exists=True), help="Instead of the one beside SOURCE.")
 @click.option(
     "--max-memory", default="512MiB", show_default=True, help="Of anonymous memory, whatever the model's size."
 )
@@ -389,8 +399,8 @@ def convert(
 
 
 @cli.command()
-@click.argument("left", type=click.Path(path_type=Path))
-@click.argument("right", type=click.Path(path_type=Path))
+@click.argument("left", type=_LocalPath(path_type=Path))
+@click.argument("right", type=_LocalPath(path_type=Path))
 @click.option(
     "--model", help="What they are, where they do not say: FLAVOR, NAME/FLAVOR, a params.json or config.json."
 )

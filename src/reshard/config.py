@@ -8,7 +8,7 @@ are refused with the nearest valid name.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from reshard import compat
 from reshard.errors import ConfigError, listed, nearest
+from reshard.paths import HINT, is_address
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 ExportDtype = Literal["float16", "bfloat16", "float32", "float64"]
@@ -299,7 +300,9 @@ class Config(Section):
         data = self.model_dump()
         for section, values in sections.items():
             data[section] |= values
-        return _validated(data)
+        changed = _validated(data)
+        _refuse_addresses(changed, sections)
+        return changed
 
 
 def sections() -> dict[str, type[Section]]:
@@ -323,7 +326,9 @@ def load_config(path: str | Path | None, arguments: Sequence[str] = ()) -> tuple
     data = from_file.data
     for section, values in from_line.data.items():
         data.setdefault(section, {}).update(values)
-    return _validated(data), list(dict.fromkeys(warnings))
+    config = _validated(data)
+    _refuse_addresses(config, data)
+    return config, list(dict.fromkeys(warnings))
 
 
 def check_checkpointing(config: Config) -> None:
@@ -517,3 +522,15 @@ def _validated(data: dict[str, Any]) -> Config:
         reason = error.errors()[0]
         section, key = str(reason["loc"][0]), str(reason["loc"][1]) if len(reason["loc"]) > 1 else ""
         raise _bad_value(section, key, reason["input"], reason) from None
+
+
+def _refuse_addresses(config: Config, given: Iterable[str]) -> None:
+    """Raise ConfigError for a checkpoint's path that is a URL. given: sections; what is stored of another run may be."""
+    for section, key in (("job", "dump_folder"), ("checkpoint", "folder"), ("checkpoint", "initial_load_path")):
+        value = getattr(getattr(config, section), key)
+        if section in given and value is not None and is_address(value):
+            raise ConfigError(
+                f"config key `{section}.{key}`: expected a path on a file system of this machine, got {value!r}",
+                key=f"{section}.{key}",
+                hint=HINT,
+            )

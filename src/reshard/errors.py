@@ -12,6 +12,7 @@
         ├── TornCheckpoint                             files, but no manifest
         ├── IntegrityError    .files                   manifest and bytes disagree
         ├── FolderInUse                                another run owns the folder
+        ├── RankFailed    .rank .traceback             an error of no class of ours, on one of the ranks
         └── StorageError                               the disk said no (full, unreadable, not shared)
 
 A message is one sentence that says what, where, expected and got; `hint` is what to type next.
@@ -158,6 +159,17 @@ class IntegrityError(CheckpointError):
 
 class FolderInUse(CheckpointError):
     """Another run owns this checkpoint folder."""
+
+
+class RankFailed(CheckpointError):
+    """A rank met an error of no class of ours in a step that all ranks take together; all of them raise this.
+
+    rank: which one, of those that take the step. traceback: its, as text; the error itself is `__cause__` there.
+    """
+
+    def __init__(self, message: str, *, rank: int, traceback: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.rank, self.traceback = rank, traceback
 
 
 class StorageError(CheckpointError):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor  # private: what FSDP1 leaves; torch 2.13.0
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.planner import (
     LoadItemType,
@@ -34,20 +36,23 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from reshard.checkpoint import archive
 from reshard.checkpoint.api import step_for
 from reshard.checkpoint.blocks import BlockWriter
 from reshard.checkpoint.commit import remove_temporary, temporary_directory
 from reshard.checkpoint.index import Chunk, Index
+from reshard.checkpoint.kinds import problem_of
 from reshard.checkpoint.load import open_index
 from reshard.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from reshard.checkpoint.metadata import described
+from reshard.checkpoint.offers import Spread
 from reshard.checkpoint.ours import refuse_others, remove
-from reshard.checkpoint.reader import Files, Job, read_jobs
+from reshard.checkpoint.plan import check_coverage
+from reshard.checkpoint.reader import Files, Job, check_fillable, read_jobs
 from reshard.checkpoint.save import About, finish_save
-from reshard.checkpoint.state import Box, bytes_of, cut_pieces, dtype_from_name, dtype_name
+from reshard.checkpoint.state import Box, Known, bytes_of, cut_pieces, dtype_from_name, dtype_name, local_part
 from reshard.checkpoint.writer import Places, Stored, append_piece
 from reshard.errors import CheckpointError, NotACheckpoint
+from reshard.paths import is_address, local_path
 
 
 @dataclass(frozen=True)
@@ -78,13 +83,13 @@ class ReshardWriter(StorageWriter):
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, step: int | None = None) -> None:
-        self._path = None if path is None else Path(path)
+        self._path = None if path is None else local_path(path)
         self._step = step
         self._temporary = Path()  # known to the coordinator only
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Another directory."""
-        self._path = Path(checkpoint_id) if checkpoint_id else self._path
+        self._path = local_path(checkpoint_id) if checkpoint_id else self._path
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Nothing to prepare; but a checkpoint is one thing, so all ranks must save it together."""
@@ -115,6 +120,7 @@ class ReshardWriter(StorageWriter):
                 path=self._directory,
                 hint="enable_plan_caching=False, or reshard.save, which keeps plans by what they are for",
             )
+        _check_held(self._directory, planner, {item.index.fqn for item in plan.items})
         done: Future[list[WriteResult]] = Future()
         done.set_result(self._write(target, plan.items, planner) if plan.items else [])
         return done
@@ -146,16 +152,16 @@ class ReshardWriter(StorageWriter):
         ]
 
     def _part(self, item: WriteItem, data: Tensor) -> tuple[tuple[int, ...], Tensor, Box, torch.dtype]:
-        """Whole shape, this item's numbers, where they lie, and their dtype."""
+        """Whole shape, this item's numbers, where they lie, and their dtype. Raises CheckpointError where they cannot."""
         assert item.tensor_data is not None
-        if not archive.supported(data.dtype) or data.layout != torch.strided:
-            raise CheckpointError(
-                f"`{item.index.fqn}` cannot be stored: it is {data.layout} {dtype_name(data.dtype)}",
-                path=self._directory,
-            )
-        chunk = item.tensor_data.chunk
+        chunk, shape = item.tensor_data.chunk, tuple(item.tensor_data.size)
         box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
-        return tuple(item.tensor_data.size), data.detach(), box, data.dtype
+        problem = problem_of(data)
+        if problem is None and (tuple(data.shape) != box.sizes or not box.within(shape)):
+            problem = f"{list(data.shape)}, but torch's plan says {box} of {list(shape)}"
+        if problem is not None:
+            raise _refused(self._directory, item.index.fqn, problem)
+        return shape, data.detach(), box, data.dtype
 
     def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
         """Coordinator: write index and manifest, commit."""
@@ -165,14 +171,16 @@ class ReshardWriter(StorageWriter):
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, dcp.TensorStorageMetadata)
         }
+        stored = [piece for _, result in told for piece in result.pieces]
         try:
+            self._check_stored(tensors, stored)
             finish_save(
                 self._temporary,
                 self._directory,
                 About(step=step_for(self._directory, self._step), kind="full", source={"kind": "dcp"}),
                 tensors,
                 metadata.planner_data or {},
-                [stored for _, result in told for stored in result.pieces],
+                stored,
                 {name: entry for _, result in told for name, entry in result.files.items()},
                 {name: result.object for name, result in told if result.object is not None},
             )
@@ -180,10 +188,20 @@ class ReshardWriter(StorageWriter):
             remove(self._temporary)
             raise
 
+    def _check_stored(self, tensors: Mapping[str, TensorEntry], stored: Iterable[Stored]) -> None:
+        """Do the pieces tile the tensors? A planner of somebody's may leave one out. Raises CheckpointError."""
+        holders: dict[str, dict[Box, list[int]]] = {name: {} for name in tensors}
+        for piece in stored:
+            holders[piece.fqn].setdefault(piece.box, []).append(0)
+        for name, entry in tensors.items():
+            check_coverage(name, Spread(entry, holders[name]))
+            if any(len(twice) > 1 for twice in holders[name].values()):
+                raise _refused(self._directory, name, "stored twice by torch's plan")
+
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """A path of this machine's file systems."""
-        return "://" not in str(checkpoint_id)
+        return not is_address(checkpoint_id)
 
     def storage_meta(self) -> dcp.StorageMeta | None:
         """For torch's own records."""
@@ -204,12 +222,12 @@ class ReshardReader(StorageReader):
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self._path = None if path is None else Path(path)
+        self._path = None if path is None else local_path(path)
         self._opened: tuple[Manifest | None, Index] | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """A new load begins."""
-        self._path = Path(checkpoint_id) if checkpoint_id else self._path
+        self._path = local_path(checkpoint_id) if checkpoint_id else self._path
         self._opened = None
 
     def read_metadata(self, *args: Any, **ignored: Any) -> dcp.Metadata:
@@ -240,16 +258,24 @@ class ReshardReader(StorageReader):
         manifest, index = self._opened or open_index(directory)
         jobs: list[Job] = []
         targets: list[tuple[ReadItem, Tensor]] = []
+        _check_held(directory, planner, index.tensors.keys(), filling=True)
+        for item in plan.items:
+            if item.type != LoadItemType.BYTE_IO:
+                target = planner.resolve_tensor(item)
+                problem = problem_of(target)
+                if problem is None and tuple(target.shape) != tuple(item.lengths):
+                    problem = f"{list(target.shape)}, but torch's plan says {list(item.lengths)}"
+                if problem is not None:
+                    raise _refused(directory, item.storage_index.fqn, problem)
+                check_fillable(item.storage_index.fqn, target)
+                targets.append((item, target.detach()))
+                jobs.append(_job(index, item, target.detach()))
         with Files(directory, manifest) as files:
             for item in plan.items:
                 if item.type == LoadItemType.BYTE_IO:
                     job = _object(index, item)
                     files.read_object(job)
                     planner.load_bytes(item, BytesIO(bytes_of(job.target)))
-                else:
-                    target = planner.resolve_tensor(item).detach()
-                    targets.append((item, target))
-                    jobs.append(_job(index, item, target))
         read_jobs(directory, manifest, jobs)
         for item, target in targets:
             planner.commit_tensor(item, target)
@@ -260,7 +286,30 @@ class ReshardReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """A path of this machine's file systems."""
-        return "://" not in str(checkpoint_id)
+        return not is_address(checkpoint_id)
+
+
+def _check_held(
+    directory: Path, planner: SavePlanner | LoadPlanner, names: Collection[str], *, filling: bool = False
+) -> None:
+    """Are a planner's tensors of a kind that we know, and does this rank hold what torch says? Before anything is touched.
+
+    Planners of torch and what derives from them have their `state_dict`; of others only the items can be looked at.
+    Raises CheckpointError.
+    """
+    known = Known()
+    for name, tensor in getattr(planner, "state_dict", {}).items():
+        if name in names and isinstance(tensor, Tensor) and not isinstance(tensor, ShardedTensor):
+            problem = problem_of(tensor)
+            if problem is not None:
+                raise _refused(directory, name, problem)
+            local, _ = local_part(tensor, name, known)
+            if filling:
+                check_fillable(name, local)
+
+
+def _refused(directory: Path, name: str, problem: str) -> CheckpointError:
+    return CheckpointError(f"`{name}` cannot be a part of checkpoint `{directory}`: it is {problem}", path=directory)
 
 
 def _given(path: Path | None) -> Path:

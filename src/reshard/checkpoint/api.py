@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from functools import cache, partial
+from functools import partial
 from operator import setitem
 from pathlib import Path
 from types import TracebackType
@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor  # private: what FSDP1 leaves; torch 2.13.0
 
-from reshard.checkpoint import archive
+from reshard.checkpoint.kinds import problem_of
 from reshard.checkpoint.layout import entries, step_of
 from reshard.checkpoint.left_out import Held, Wanted, left_out
 from reshard.checkpoint.load import load as load_tensors
@@ -34,8 +33,9 @@ from reshard.checkpoint.reader import read_objects
 from reshard.checkpoint.save import About
 from reshard.checkpoint.save import save as save_state
 from reshard.checkpoint.saver import Saver
-from reshard.checkpoint.state import State, bytes_of, dtype_name
+from reshard.checkpoint.state import State, bytes_of
 from reshard.errors import CheckpointError, TensorMismatch
+from reshard.paths import local_path
 
 VALUES = "reshard.values"  # the tensor that holds what is no tensor: JSON in UTF-8, one number for each byte
 _PLAIN = (bool, int, float, str, type(None))
@@ -58,8 +58,9 @@ def save(
     Raises CheckpointError on every rank, and then nothing is left of this save: for what cannot be stored, for values on
     which ranks disagree, for a directory that holds what is not ours, for a disk that refuses.
     """
-    directory, ranks = Path(path), _ranks(process_group)
-    save_state(directory, _state(directory, state_dict, ranks), _about(directory, step), ranks)
+    ranks = _ranks(process_group)
+    directory, state, about = _state(path, state_dict, step, ranks)
+    save_state(directory, state, about, ranks)
 
 
 def load(
@@ -83,20 +84,23 @@ def load(
     a section is lacking; IntegrityError where a byte is not what was written; StorageError; CheckpointError for what load
     cannot fill.
     """
-    directory, ranks = Path(path), _ranks(process_group)
+    ranks = _ranks(process_group)
     held: list[Held] = []  # on the first rank only
 
     def stored_values() -> dict[str, Any]:
-        values, names = _stored(directory)
+        values, names = _stored(local_path(path))
         held.append(names)
         return values
 
     stored = ranks.on_first(stored_values)
+    directory = Path(path)
+    sections: list[str] = []
     tensors: dict[str, Tensor] = {}
     values: list[_Leaf] = []
 
     def look() -> str:
-        for leaf in _leaves(directory, state_dict):
+        sections.extend(str(key) for key in state_dict)
+        for leaf in _leaves(local_path(path), state_dict):
             if isinstance(leaf.value, Tensor):
                 tensors[leaf.name] = leaf.value
             else:
@@ -106,7 +110,6 @@ def load(
             raise TensorMismatch(f"checkpoint `{directory}` lacks values", path=directory, missing=missing)
         return crc32_hex(json.dumps((sections, list(tensors), [leaf.name for leaf in values])).encode())
 
-    sections = [str(key) for key in state_dict]
     alike = len(set(ranks.everywhere(look))) == 1
     wanted = Wanted(sections, [*tensors, *(leaf.name for leaf in values)])
     of_ranks = [wanted] if alike else ranks.everywhere(lambda: wanted)
@@ -125,7 +128,7 @@ def newest(folder: str | os.PathLike[str], *, process_group: dist.ProcessGroup |
     """
 
     def look() -> Path | None:
-        committed = [entry.path for entry in entries(Path(folder)) if entry.committed]
+        committed = [entry.path for entry in entries(local_path(folder)) if entry.committed]
         return committed[-1] if committed else None
 
     return _ranks(process_group).on_first(look)
@@ -144,7 +147,7 @@ class AsyncSaver:
     """
 
     def __init__(self, *, process_group: dist.ProcessGroup | None = None, write_limit_mb_s: float = 0) -> None:
-        self._ranks = _ranks(process_group)
+        self._ranks, self._process_group = _ranks(process_group), process_group
         background = Ranks()
         if self._ranks.size > 1:
             members = dist.get_process_group_ranks(process_group or dist.group.WORLD)
@@ -153,8 +156,14 @@ class AsyncSaver:
 
     def save(self, path: str | os.PathLike[str], state_dict: Mapping[str, Any], *, step: int | None = None) -> None:
         """Begin to save; arguments and errors as `reshard.save`, those of writing are raised by the next call."""
-        directory = Path(path)
-        self._saver.start(directory, _state(directory, state_dict, self._ranks), _about(directory, step))
+        if not _ranks(self._process_group).are(self._ranks):
+            raise CheckpointError(
+                f"`{path}` cannot be saved: torch.distributed was set up anew since this AsyncSaver was made",
+                path=os.fspath(path),
+                hint="make another: reshard.AsyncSaver()",
+            )
+        directory, state, about = _state(path, state_dict, step, self._ranks)
+        self._saver.start(directory, state, about)
 
     def wait(self) -> None:
         """Until nothing is in flight. Raises what the save has failed with."""
@@ -186,7 +195,7 @@ def _leaves(directory: Path, state_dict: Mapping[str, Any]) -> Iterator[_Leaf]:
     for leaf in _walk(state_dict, ()):
         problem = None
         if isinstance(leaf.value, Tensor):
-            problem = _problem_of(leaf.value)
+            problem = problem_of(leaf.value)
         elif not _is_plain(leaf.value):
             problem = f"a {type(leaf.value).__name__}, expected a tensor, a number, a string, or a list or dict of them"
         if leaf.name in names or leaf.name == VALUES:
@@ -213,25 +222,20 @@ def _is_plain(value: Any) -> bool:
     return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, _PLAIN)
 
 
-def _problem_of(tensor: Tensor) -> str | None:
-    if isinstance(tensor, ShardedTensor):
-        return "a ShardedTensor, expected DTensors (FSDP2)"
-    if tensor.layout != torch.strided or tensor.is_meta:
-        return f"a tensor without numbers of its own ({tensor.layout}, {tensor.device})"
-    if not archive.supported(tensor.dtype):
-        return f"of dtype {dtype_name(tensor.dtype)}, which cannot be stored"
-    return None
-
-
-def _state(directory: Path, state_dict: Mapping[str, Any], ranks: Ranks) -> State:
-    """The tensors, nested as they came, and all ranks' values in one more. Collective."""
+def _state(
+    path: str | os.PathLike[str], state_dict: Mapping[str, Any], step: int | None, ranks: Ranks
+) -> tuple[Path, State, About]:
+    """Where to save what: the tensors, nested as they came, and all ranks' values in one more. Collective."""
     leaves: list[_Leaf] = []
+    told: list[About] = []
 
     def look() -> str:
-        leaves.extend(_leaves(directory, state_dict))
+        told.append(_about(local_path(path), step))
+        leaves.extend(_leaves(Path(path), state_dict))
         return crc32_hex(json.dumps(_values(leaves)).encode())
 
     alike = len(set(ranks.everywhere(look))) == 1
+    directory = Path(path)
     values = _values(leaves) if alike else _merged(directory, ranks.everywhere(lambda: _values(leaves)))
     state: dict[str, Any] = {}
     for leaf in leaves:
@@ -242,7 +246,7 @@ def _state(directory: Path, state_dict: Mapping[str, Any], ranks: Ranks) -> Stat
             node[leaf.path[-1]] = leaf.value
     if values:
         state[VALUES] = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
-    return state
+    return directory, state, told[0]
 
 
 def _values(leaves: list[_Leaf]) -> dict[str, Any]:
@@ -308,10 +312,15 @@ def step_for(directory: Path, step: int | None) -> int:
 
 
 def _ranks(group: dist.ProcessGroup | None) -> Ranks:
-    """The ranks of a group; None: all, or this process alone."""
+    """The ranks of a group as it is now; None: all, or this process alone. Raises CheckpointError for one that is no more."""
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks()
     group = group or _world()
+    if not _is_alive(group):
+        raise CheckpointError(
+            "the process group was destroyed, or this rank is not in it",
+            hint="give the group that these ranks form now, and call it on its ranks only",
+        )
     return Ranks(group) if group.size() > 1 else Ranks()
 
 
@@ -322,7 +331,19 @@ def _world() -> dist.ProcessGroup:
     return world if "cpu:" in dist.get_backend_config() else _on_cpu(world)
 
 
-@cache
-def _on_cpu(_world: dist.ProcessGroup) -> dist.ProcessGroup:
-    group: dist.ProcessGroup = dist.new_group(backend="gloo")
-    return group
+_OF_WORLD: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []  # the default group, and ours of the same ranks
+
+
+def _on_cpu(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group that was made for this default group; anew where that has been made anew, or ours was destroyed."""
+    if not _OF_WORLD or _OF_WORLD[0][0] is not world or not _is_alive(_OF_WORLD[0][1]):
+        _OF_WORLD[:] = [(world, dist.new_group(backend="gloo"))]
+    return _OF_WORLD[0][1]
+
+
+def _is_alive(group: dist.ProcessGroup) -> bool:
+    """Is it a group of torch's that nobody has destroyed, with this rank in it?"""
+    try:
+        return bool(dist.get_process_group_ranks(group))
+    except (KeyError, ValueError):
+        return False

@@ -27,9 +27,9 @@ from reshard.checkpoint.index import Boxes, Index
 from reshard.checkpoint.manifest import Manifest, TensorEntry
 from reshard.checkpoint.offers import Offer, Spread, spreads
 from reshard.checkpoint.ranks import Messages, Ranks
-from reshard.checkpoint.reader import Files, Job, read_jobs
-from reshard.checkpoint.state import Box, dtype_from_name
-from reshard.errors import IntegrityError, ReshardError
+from reshard.checkpoint.reader import Files, Job, Parts, read_jobs
+from reshard.checkpoint.state import Box, dtype_from_name, has_own_bytes
+from reshard.errors import IntegrityError
 
 SLAB_BYTES = 4 << 20  # one reading and one message; small tensors are gathered up to it
 UNDER_WAY_BYTES = 16 << 20  # of slabs that a rank has sent or waits for: what it holds beside its tensors, about
@@ -64,9 +64,6 @@ class Slab:
         return sum(cut.nbytes for cut in self.cuts)
 
 
-Parts = Mapping[str, tuple[Tensor, Box]]  # name -> this rank's numbers, and where in the tensor they lie
-
-
 def read_exchanging(
     directory: Path,
     index: Index,
@@ -84,7 +81,7 @@ def read_exchanging(
     plans: list[tuple[list[Job], list[Slab]]] = []
     ranks.everywhere(lambda: plans.append(plan(directory, index, wants, ranks.rank, whole_chunks=manifest is None)))
     ((own, shared),) = plans
-    with Files(directory, manifest) as files, torch.no_grad():
+    with Files(directory, manifest) as files, torch.inference_mode():  # whatever they were made in
         flow = _Flow(parts, files, ranks)
         flow.do(lambda: read_jobs(directory, manifest, [_aimed(job, parts) for job in own]))
         flow.exchange(shared)
@@ -223,7 +220,7 @@ class _Flow:
 
     def __init__(self, parts: Parts, files: Files, ranks: Ranks) -> None:
         self._parts, self._files, self._ranks = parts, files, ranks
-        self._failure: ReshardError | None = None
+        self._failure: BaseException | None = None
         self.bytes_read = 0
 
     def outcome(self) -> None:
@@ -236,8 +233,15 @@ class _Flow:
         if self._failure is None:
             try:
                 self.bytes_read += read()
-            except ReshardError as error:
+            except BaseException as error:  # raised by `outcome`, on all ranks
                 self._failure = error
+
+    def _put(self, target: Tensor, values: Tensor) -> None:
+        """Copy into a place of this rank's."""
+        try:
+            target.copy_(values)
+        except BaseException as error:  # the same
+            self._failure = self._failure or error
 
     def exchange(self, slabs: Iterable[Slab]) -> None:
         """Read, send and receive this rank's slabs, with some bytes under way at any time."""
@@ -268,9 +272,11 @@ class _Flow:
         if single:
             cut, part = parts[0]
             target = self._target(cut.chunk.name, part)
-            buffer = target if _is_plain(target, cut.chunk.dtype) else torch.empty(part.sizes, dtype=cut.chunk.dtype)
+            buffer = (
+                target if has_own_bytes(target, cut.chunk.dtype) else torch.empty(part.sizes, dtype=cut.chunk.dtype)
+            )
             if buffer is not target:
-                stack.callback(target.copy_, buffer)
+                stack.callback(self._put, target, buffer)
         else:
             buffer = torch.empty(_bundle_bytes(parts), dtype=torch.uint8)
             stack.callback(partial(self._unpack, buffer, parts))
@@ -282,14 +288,14 @@ class _Flow:
         dtype, rank = cut.chunk.dtype, self._ranks.rank
         mine = next(part for taker, part in cut.wants if taker == rank)
         target = self._target(cut.chunk.name, mine)
-        in_place = mine == cut.rows and _is_plain(target, dtype)
+        in_place = mine == cut.rows and has_own_bytes(target, dtype)
         values = target if in_place else torch.empty(cut.rows.sizes, dtype=dtype)
         self.do(lambda: self._files.read(cut.chunk.part(cut.rows, values)))
         for taker, part in cut.wants:
             if taker != rank:
                 messages.send(_part_of(values, part, cut.rows).contiguous(), taker)
         if not in_place:
-            target.copy_(_part_of(values, mine, cut.rows))
+            self._put(target, _part_of(values, mine, cut.rows))
 
     def _send_bundle(self, slab: Slab, messages: Messages) -> None:
         """Read small cuts, and send each taker its parts of all of them in one message."""
@@ -301,7 +307,7 @@ class _Flow:
             boxes = tuple(cut.wants[number][1] for cut in slab.cuts)
             if taker == self._ranks.rank:
                 for cut, box, v in zip(slab.cuts, boxes, values, strict=True):
-                    self._target(cut.chunk.name, box).copy_(_part_of(v, box, cut.rows))
+                    self._put(self._target(cut.chunk.name, box), _part_of(v, box, cut.rows))
                 continue
             if boxes not in sent:
                 parts = list(zip(slab.cuts, boxes, strict=True))
@@ -312,16 +318,11 @@ class _Flow:
 
     def _unpack(self, buffer: Tensor, parts: list[tuple[Cut, Box]]) -> None:
         for (cut, box), room in zip(parts, _rooms(buffer, parts), strict=True):
-            self._target(cut.chunk.name, box).copy_(room)
+            self._put(self._target(cut.chunk.name, box), room)
 
     def _target(self, name: str, part: Box) -> Tensor:
         local, box = self._parts[name]
         return local if part == box else local[part.slices_in(box)]
-
-
-def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Can stored bytes go straight into its memory?"""
-    return tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _part_of(values: Tensor, part: Box, rows: Box) -> Tensor:

@@ -20,8 +20,8 @@ from reshard.checkpoint.manifest import Manifest, read_manifest
 from reshard.checkpoint.offers import Offer
 from reshard.checkpoint.parcel import packed
 from reshard.checkpoint.ranks import Ranks
-from reshard.checkpoint.reader import check_names, read_tensors
-from reshard.checkpoint.state import local_part
+from reshard.checkpoint.reader import check_names, parts_to_fill, read_tensors
+from reshard.checkpoint.state import Box
 from reshard.errors import NotACheckpoint, TornCheckpoint, listed
 
 logger = logging.getLogger(__name__)
@@ -153,22 +153,22 @@ def _initial(path: Path, notes: tuple[str, ...]) -> Start:
 def load(directory: Path, state: Mapping[str, Tensor], ranks: Ranks, *, cast: bool = False) -> int:
     """Fill tensors from a checkpoint, by stored name. Collective; all ranks succeed or all raise.
 
-    Rank 0 reads the index for all. Names, shapes and dtypes are compared before a byte of a tensor is read. Returns this
-    rank's bytes read.
-    Raises: TensorMismatch, IntegrityError, StorageError.
+    Rank 0 reads the index for all. Names, shapes, dtypes and each rank's boxes are compared before a byte of a tensor is
+    read. Returns this rank's bytes read.
+    Raises: TensorMismatch, CheckpointError for a tensor that cannot be filled, IntegrityError, StorageError.
     """
     manifest, index = ranks.on_first(lambda: _opened(directory, alone=ranks.size == 1))
-    if ranks.size == 1:
-        check_names(directory, index, state, cast=cast)
-        return read_tensors(directory, index, state, manifest=manifest)
-    parts = {name: local_part(tensor) for name, tensor in state.items()}
+    parts: dict[str, tuple[Tensor, Box]] = {}
 
-    def check_and_want() -> Offer:
+    def check_and_want() -> Offer | None:
         check_names(directory, index, state, cast=cast)
-        return want(index, {name: box for name, (_, box) in parts.items()})
+        parts.update(parts_to_fill(state))
+        return want(index, {name: box for name, (_, box) in parts.items()}) if ranks.size > 1 else None
 
     wants = ranks.everywhere(check_and_want)
-    return read_exchanging(directory, index, parts, wants, ranks, manifest=manifest)
+    if ranks.size == 1:
+        return read_tensors(directory, index, parts, manifest=manifest)
+    return read_exchanging(directory, index, parts, [w for w in wants if w is not None], ranks, manifest=manifest)
 
 
 def _opened(directory: Path, *, alone: bool) -> tuple[Manifest | None, Index]:

@@ -15,6 +15,7 @@ from functools import cached_property
 
 from reshard.checkpoint.manifest import TensorEntry
 from reshard.checkpoint.state import Box, dtype_from_name
+from reshard.errors import CheckpointError
 
 Path = tuple[str, ...]
 
@@ -43,11 +44,12 @@ class Offer:
 
     @staticmethod
     def of(parts: Iterable[tuple[str, TensorEntry, Box]], paths: Mapping[str, Path] | None = None) -> Offer:
-        """parts: name, whole tensor and box, each once."""
+        """parts: name, whole tensor and box, each once. Raises CheckpointError where they contradict each other."""
         by_name: dict[str, tuple[TensorEntry, list[Box]]] = {}
         for name, entry, box in parts:
             known, boxes = by_name.setdefault(name, (entry, []))
-            assert known == entry and box not in boxes, f"{name} {entry} {box} is offered after {known} {boxes}"
+            if known != entry or box in boxes:
+                raise CheckpointError(f"`{name}` is offered twice: {entry} {box} after {known} {boxes}")
             boxes.append(box)
         numbers: dict[tuple[TensorEntry, tuple[Box, ...]], int] = {}
         kinds = {
@@ -96,7 +98,10 @@ class Spread:
 
 
 def spreads(offers: Sequence[Offer]) -> dict[str, Spread]:
-    """How does each tensor lie on the ranks? Tensors that lie alike share one answer. offers: in rank order."""
+    """How does each tensor lie on the ranks? Tensors that lie alike share one answer. offers: in rank order.
+
+    Raises CheckpointError where ranks mean different tensors by one name.
+    """
     ranks_by_names: dict[bytes, list[int]] = {}
     for rank, offer in enumerate(offers):
         ranks_by_names.setdefault(offer.packed, []).append(rank)
@@ -119,7 +124,13 @@ def _spread(
     name: str, membership: tuple[tuple[int, int], ...], groups: list[tuple[list[int], Names]], offers: Sequence[Offer]
 ) -> Spread:
     entries = [groups[number][1].entries[kind] for number, kind in membership]
-    assert len(set(entries)) == 1, f"ranks disagree on {name}: {entries}"
+    if len(set(entries)) > 1:
+        said = {entry: groups[number][0][0] for entry, (number, _) in zip(entries, membership, strict=True)}
+        each = ", ".join(f"{list(entry.shape)} {entry.dtype} on rank {rank}" for entry, rank in said.items())
+        raise CheckpointError(
+            f"`{name}` is not the same tensor on all ranks: {each}",
+            hint="give each rank's tensor a name of its own, or make it a DTensor with a part on each rank",
+        )
     spread = Spread(entries[0])
     of_rank = {rank: kind for number, kind in membership for rank in groups[number][0]}
     for rank in sorted(of_rank):

@@ -11,6 +11,7 @@ from reshard.checkpoint.manifest import TensorEntry
 from reshard.checkpoint.offers import Offer, Spread, spreads
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.state import Box, Piece
+from reshard.errors import CheckpointError, listed
 
 Key = tuple[str, Box]
 
@@ -38,38 +39,55 @@ class SavePlan:
 
 
 class Planner:
-    """Makes plans, and keeps them: a run saves the same tensors in the same way each time."""
+    """Makes plans, and keeps them: a run saves the same tensors in the same way each time. For the ranks of one group."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._plans: dict[object, SavePlan] = {}
+        self._plans: dict[object, tuple[int, SavePlan]] = {}  # with its number, the same on all ranks
+        self._made = 0
 
-    def begin(self, pieces: Iterable[Piece], paths: Mapping[str, tuple[str, ...]]) -> Planning:
-        """Ask whether anybody's offer is new, without waiting for the answer. Collective, as is its `plan`: one number
-        where nobody's is, else one gathering.
+    def begin(
+        self, offer: Callable[[], tuple[list[Piece], Mapping[str, tuple[str, ...]]]]
+    ) -> tuple[list[Piece], Planning]:
+        """Ask whether all ranks have the same plan for what they offer, without waiting for the answer. Collective, as is
+        the planning's `plan`: two numbers where they have, else one gathering, which also brings what `offer` has raised.
 
-        Plans are found by everything that decides them: names, shapes, dtypes, boxes and paths. A rank whose own offer
-        it knows still takes part in the gathering when another's has changed.
+        offer: pieces and paths. Plans are found by everything that decides them: names, shapes, dtypes, boxes and paths;
+        and are taken only where those of all ranks are of one gathering. Returns the pieces, none where `offer` failed.
         """
-        pieces = list(pieces)
-        key = tuple((p.fqn, p.shape, p.dtype, p.box) for p in pieces), tuple(paths.items())
-        guess = self._plans.get(key)
-        news = self._ranks.begin_maximum(int(guess is None))
+        pieces: list[Piece] = []
+        paths: Mapping[str, tuple[str, ...]] = {}
+        key: object = None
+        failure: BaseException | None = None
+        try:
+            pieces, paths = offer()
+            key = tuple((p.fqn, p.shape, p.dtype, p.box) for p in pieces), tuple(paths.items())
+        except BaseException as error:  # told to all ranks by `plan`
+            failure = error
+        number, guess = self._plans.get(key, (0, None))
+        numbers = self._ranks.begin_maximum(number, -number)
+
+        def say() -> Offer:
+            if failure is not None:
+                raise failure
+            return offer_of(pieces, paths)
 
         def answer() -> SavePlan:
-            (any_news,) = news()
-            if guess is not None and not any_news:
+            highest, lowest = numbers()
+            if guess is not None and highest == -lowest:
                 return guess
-            offers = self._ranks.everywhere(lambda: offer_of(pieces, paths))
-            self._plans[key] = make_plan(offers, self._ranks.rank)
-            return self._plans[key]
+            offers = self._ranks.everywhere(say)
+            self._made += 1
+            plan = make_plan(offers, self._ranks.rank)
+            self._plans[key] = self._made, plan
+            return plan
 
-        return Planning(guess, answer)
+        return pieces, Planning(guess, answer)
 
 
 @dataclass(frozen=True)
 class Planning:
-    """A plan that the ranks are agreeing on. guess: what it will be if nobody's offer is new; None: this rank's is."""
+    """A plan that the ranks are agreeing on. guess: what it will be if all have the same; None: this rank has none."""
 
     guess: SavePlan | None
     plan: Callable[[], SavePlan]
@@ -83,6 +101,7 @@ def offer_of(pieces: Iterable[Piece], paths: Mapping[str, tuple[str, ...]]) -> O
 def make_plan(offers: Sequence[Offer], rank: int) -> SavePlan:
     """The plan for what each rank offers, in rank order. A pure function, so that all ranks come to the same.
 
+    Raises CheckpointError where the ranks' parts do not make up the tensors.
     Time and memory: a few numbers for each kind of tensor and rank, and for each box that several ranks hold.
     """
     tensors = spreads(offers)
@@ -120,15 +139,22 @@ def assign(tensors: Mapping[str, Spread], ranks: int) -> dict[Key, int]:
 
 
 def check_coverage(name: str, spread: Spread) -> None:
-    """Do the ranks' boxes tile this tensor, each number once?
-
-    A gap or an overlap is a bug in whoever made the state, so it is an AssertionError, before a byte is written.
-    """
+    """Do the ranks' boxes tile this tensor, each number once? Raises CheckpointError, before a byte is written."""
     shape, boxes = spread.entry.shape, list(spread.holders)
+
+    def wrong(problem: str) -> CheckpointError:
+        held = [f"rank {ranks[0]}: {list(box.sizes)} at {list(box.offsets)}" for box, ranks in spread.holders.items()]
+        return CheckpointError(
+            f"`{name}` {list(shape)} cannot be saved: {problem}; {listed(held)}",
+            hint="every rank has to hand over its own part of each tensor, and none may leave its part out",
+        )
+
     for box in boxes:
-        assert box.within(shape), f"{name}: {box} lies outside of {shape}"
+        if not box.within(shape):
+            raise wrong(f"{box} lies outside of it")
     volume, whole = sum(box.volume for box in boxes), Box((0,) * len(shape), shape).volume
-    assert volume == whole, f"{name}: the ranks hold {volume} numbers of {whole}"
+    if volume != whole:
+        raise wrong(f"the ranks hold {volume:,} numbers of {whole:,}")
     # Along the dim with most cuts, only boxes that follow each other closely can meet.
     dim = max(range(len(shape)), key=lambda d: len({box.offsets[d] for box in boxes}), default=None)
     if dim is None:
@@ -139,4 +165,5 @@ def check_coverage(name: str, spread: Spread) -> None:
         for j in range(i + 1, len(boxes)):
             if boxes[j].offsets[dim] >= end:
                 break
-            assert box.overlap(boxes[j]) is None, f"{name}: {box} and {boxes[j]} overlap"
+            if box.overlap(boxes[j]) is not None:
+                raise wrong(f"{box} and {boxes[j]} overlap")

@@ -1,21 +1,29 @@
 """How do the ranks agree? One rank decides, or all work and any failure becomes everybody's.
 
 All of it is small objects on a CPU group (gloo): no control traffic ever goes through an accelerator.
+
+Whatever a rank's work raises is told to the others, KeyboardInterrupt and SystemExit too: who waits in a collective for
+a rank that has left it waits for half an hour, and cannot be interrupted. The rank itself then goes on raising those two.
 """
 
 from __future__ import annotations
 
+import logging
+import pickle
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
-from reshard.errors import ReshardError
+from reshard.errors import RankFailed, ReshardError, listed
 
 if TYPE_CHECKING:
     import torch.distributed as dist
     from torch import Tensor
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class Ranks:
@@ -30,31 +38,43 @@ class Ranks:
         """Is this the rank that decides?"""
         return self.rank == 0
 
+    def are(self, others: Ranks) -> bool:
+        """Are these the ranks of the very same group?"""
+        return self._group is others._group
+
     def on_first(self, work: Callable[[], T]) -> T:
         """Rank 0 does it; every rank gets its result, or raises its error. Collective."""
-        outcome: Any = None
-        if self.is_first:
-            outcome = _attempt(work)
-        if self._group is not None:
-            import torch.distributed as dist
+        if self._group is None:
+            return work()
+        import torch.distributed as dist
 
-            box = [outcome]
-            dist.broadcast_object_list(box, group=self._group, group_src=0)
-            outcome = box[0]
-        return cast(T, _result(outcome))
+        own = _attempt(work, self.rank) if self.is_first else None
+        box = [own and own.told]
+        dist.broadcast_object_list(box, group=self._group, group_src=0)
+        value, error = (own.value, own.told_error) if own else pickle.loads(cast(bytes, box[0]))  # noqa: S301
+        if error is not None:
+            _raise(error, own)
+        return cast(T, value)
 
     def everywhere(self, work: Callable[[], T]) -> list[T]:
-        """Every rank does its part; all get all results, in rank order, or all raise the first error. Collective."""
-        outcome = _attempt(work)
-        outcomes = [outcome]
-        if self._group is not None:
-            import torch.distributed as dist
+        """Every rank does its part; all get all results, in rank order, or all raise the first error. Collective.
 
-            outcomes = [None] * self.size  # type: ignore[list-item]
-            dist.all_gather_object(outcomes, outcome, group=self._group)
-        for o in outcomes:
-            _result(o)
-        return [_result(o) for o in outcomes]
+        Errors that not all ranks have are said with their ranks.
+        """
+        if self._group is None:
+            return [work()]
+        import torch.distributed as dist
+
+        own = _attempt(work, self.rank)
+        told: list[Any] = [None] * self.size
+        dist.all_gather_object(told, own.told, group=self._group)
+        outcomes = [pickle.loads(each) for each in told]  # noqa: S301  from our own ranks, as torch does it
+        failed = [rank for rank, (_, error) in enumerate(outcomes) if error is not None]
+        if failed:
+            error = own.told_error if failed[0] == self.rank else outcomes[failed[0]][1]
+            where = failed if len(failed) < self.size else []
+            _raise(error, own, where)
+        return [value for value, _ in outcomes]
 
     def maximum(self, *values: int) -> list[int]:
         """The largest of each value over all ranks: one small round. Collective."""
@@ -119,19 +139,55 @@ def _raw(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _attempt(work: Callable[[], Any]) -> tuple[bool, Any]:
+class _Outcome(NamedTuple):
+    """What one rank's work came to. told: the value and the error for the others, pickled. error: as it was raised."""
+
+    value: Any
+    error: BaseException | None
+    told_error: BaseException | None
+    told: bytes
+
+
+def _attempt(work: Callable[[], Any], rank: int) -> _Outcome:
     try:
-        return True, work()
-    except ReshardError as error:
-        return False, error
-    except OSError as error:  # other errors are bugs: they stay on their rank, with a traceback
-        return False, error
+        value = work()
+        return _Outcome(value, None, None, pickle.dumps((value, None)))
+    except BaseException as error:
+        told = _fit_to_travel(error, rank)
+        return _Outcome(None, error, told, pickle.dumps((None, told)))
 
 
-def _result(outcome: tuple[bool, Any]) -> Any:
-    worked, value = outcome
-    if worked:
-        return value
-    if isinstance(value, ReshardError):
-        value.rank_local = False  # all ranks have it now: the first one says it for all
-    raise value
+def _fit_to_travel(error: BaseException, rank: int) -> ReshardError | OSError:
+    """The error as it is, where it says on purpose what is wrong and arrives as it was; else what can be said of it."""
+    if isinstance(error, ReshardError | OSError):
+        with suppress(Exception):
+            if type(pickle.loads(pickle.dumps(error))) is type(error):  # noqa: S301  our own bytes
+                return error
+    said = "".join(traceback.format_exception_only(error)).strip()
+    failed = RankFailed(
+        f"rank {rank} failed: {said}",
+        rank=rank,
+        traceback="".join(traceback.format_exception(error)),
+        hint=f"what led to it is in the log of rank {rank}",
+    )
+    if isinstance(error, Exception):
+        logger.error("%s", failed.message, exc_info=error)
+    return failed
+
+
+def _raise(error: BaseException, own: _Outcome | None, ranks: list[int] | None = None) -> NoReturn:
+    """Raise what all ranks raise, but on a rank that was told to stop go on with that. ranks: to say with the error."""
+    cause = own.error if own else None
+    if cause is not None and not isinstance(cause, Exception):
+        raise cause
+    where = f"on rank{'s' if ranks and len(ranks) > 1 else ''} {listed(map(str, ranks or ()))}"
+    if isinstance(error, ReshardError):
+        error.rank_local = False  # all ranks have it now: the first one says it for all
+        if ranks and not isinstance(error, RankFailed):
+            error.message += f" ({where})"
+            error.args = (error.message,)
+    elif ranks and isinstance(error, OSError):
+        error.strerror = f"{error.strerror or error} ({where})"
+    if cause is not None and own is not None and own.told_error is error and error is not cause:
+        raise error from cause
+    raise error

@@ -22,9 +22,10 @@ from torch import Tensor
 from reshard.checkpoint import archive
 from reshard.checkpoint.blocks import SUFFIX, CheckedFile, read_full, read_sums
 from reshard.checkpoint.index import Chunk, Index, open_item
+from reshard.checkpoint.kinds import shares_memory
 from reshard.checkpoint.manifest import Manifest, crc32
-from reshard.checkpoint.state import Box, bytes_of, dtype_from_name, dtype_name, local_part
-from reshard.errors import FormatError, IntegrityError, StorageError, TensorMismatch
+from reshard.checkpoint.state import Box, Known, bytes_of, dtype_from_name, dtype_name, has_own_bytes, local_part
+from reshard.errors import CheckpointError, FormatError, IntegrityError, StorageError, TensorMismatch
 from reshard.torch_zip import crc_of, open_archive
 
 logger = logging.getLogger(__name__)
@@ -55,16 +56,43 @@ def check_names(directory: Path, index: Index, wanted: Mapping[str, Tensor], *, 
         )
 
 
-def read_tensors(directory: Path, index: Index, wanted: Mapping[str, Tensor], *, manifest: Manifest | None) -> int:
+Parts = Mapping[str, tuple[Tensor, Box]]  # name -> this rank's numbers, and where in the tensor they lie
+
+
+def parts_to_fill(wanted: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Box]]:
+    """This rank's part of each tensor, to be read into (of a DTensor, its local shard).
+
+    Raises CheckpointError, naming the tensor, where its box is not that of its numbers, or it cannot be filled.
+    """
+    known = Known()
+    parts = {name: local_part(tensor, name, known) for name, tensor in wanted.items()}
+    for name, (local, _) in parts.items():
+        check_fillable(name, local)
+    return parts
+
+
+def check_fillable(name: str, local: Tensor) -> None:
+    """Has each number a place of its own? Raises CheckpointError."""
+    if shares_memory(local):
+        raise CheckpointError(
+            f"`{name}` cannot be loaded: several of its numbers lie in one place (strides {local.stride()}, shape "
+            f"{list(local.shape)})",
+            hint="load into `tensor.contiguous()` of it",
+        )
+
+
+def read_tensors(directory: Path, index: Index, wanted: Parts, *, manifest: Manifest | None) -> int:
     """Fill this rank's part of each tensor in place, on its own. Returns the bytes read.
 
-    wanted: stored name -> destination (a DTensor's local shard is filled); numbers are converted to its dtype, so call
+    wanted: by stored name, as `parts_to_fill` gives it; numbers are converted to a destination's dtype, so call
     check_names first where that must not be.
     manifest: None for a foreign directory; then whole chunks are read, as only those have a CRC.
     Memory: none for rows of CPU tensors of the stored dtype, else one chunk.
     Raises: IntegrityError naming file and tensor where a stored CRC, size or shape disagrees; StorageError.
     """
-    return read_jobs(directory, manifest, [j for name, t in wanted.items() for j in _jobs(directory, index, name, t)])
+    return read_jobs(
+        directory, manifest, [j for name, part in wanted.items() for j in _jobs(directory, index, name, *part)]
+    )
 
 
 def read_jobs(directory: Path, manifest: Manifest | None, jobs: list[Job]) -> int:
@@ -82,7 +110,7 @@ def read_jobs(directory: Path, manifest: Manifest | None, jobs: list[Job]) -> in
         before += job.nbytes
 
     def read(run: list[Job]) -> int:
-        with Files(directory, manifest) as files, torch.no_grad():
+        with Files(directory, manifest) as files, torch.inference_mode():  # whatever they were made in
             return sum(files.read(job) for job in run)
 
     if count == 1:
@@ -127,8 +155,9 @@ def _chunks(index: Index, name: str) -> list[Job]:
     ]
 
 
-def _jobs(directory: Path, index: Index, name: str, tensor: Tensor) -> Iterator[Job]:
-    local, box = local_part(tensor)
+def _jobs(directory: Path, index: Index, name: str, local: Tensor, box: Box) -> Iterator[Job]:
+    if not box.volume:
+        return
     filled = 0
     for job in _chunks(index, name):
         common = box.overlap(job.chunk)
@@ -255,7 +284,7 @@ class Files:
         start = job.offset + len(archive.head(job.dtype, job.chunk.sizes)) + first * row_bytes
         target = job.target
         whole_rows = job.common.sizes[1:] == job.chunk.sizes[1:]
-        direct = whole_rows and target.dtype == job.dtype and target.device.type == "cpu" and target.is_contiguous()
+        direct = whole_rows and has_own_bytes(target, job.dtype)
         values = target if direct else torch.empty((rows, *job.chunk.sizes[1:]), dtype=job.dtype)
         read = file.read(start, bytes_of(values), partial(self._bad_block, job, file))
         if not direct:

@@ -24,9 +24,9 @@ from reshard.checkpoint.metadata import write_metadata
 from reshard.checkpoint.offers import Offer
 from reshard.checkpoint.plan import Planner, Planning, SavePlan, make_plan
 from reshard.checkpoint.ranks import Ranks
-from reshard.checkpoint.state import Box, Piece, State, flatten, pieces_of
+from reshard.checkpoint.state import Box, Known, Piece, State, flatten, pieces_of
 from reshard.checkpoint.writer import Places, Stored, Written, write_pieces
-from reshard.errors import NotACheckpoint, StorageError
+from reshard.errors import CheckpointError, NotACheckpoint, StorageError
 from reshard.model.spec import LlamaSpec
 
 
@@ -73,10 +73,21 @@ def plan_save(state: State, dtype: torch.dtype | None, planner: Planner) -> tupl
 
 @collector_at_rest()
 def begin_plan(state: State, dtype: torch.dtype | None, planner: Planner) -> tuple[list[Piece], Planning]:
-    """All pieces that this rank holds, and the plan that the ranks are agreeing on. Collective."""
-    flat = flatten(state)
-    offered = [p for fqn, (_, t) in flat.items() for p in pieces_of(fqn, t, dtype if t.is_floating_point() else None)]
-    return offered, planner.begin(offered, {fqn: path for fqn, (path, _) in flat.items()})
+    """All pieces that this rank holds, and the plan that the ranks are agreeing on. Collective.
+
+    The planning raises on all ranks what making the pieces has raised on one.
+    """
+
+    def offer() -> tuple[list[Piece], dict[str, tuple[str, ...]]]:
+        flat, known = flatten(state), Known()
+        pieces = [
+            piece
+            for fqn, (_, tensor) in flat.items()
+            for piece in pieces_of(fqn, tensor, dtype if tensor.is_floating_point() else None, known)
+        ]
+        return pieces, {fqn: path for fqn, (path, _) in flat.items()}
+
+    return planner.begin(offer)
 
 
 def mine(offered: Iterable[Piece], plan: SavePlan) -> list[Piece]:
@@ -188,7 +199,8 @@ def _stored(file_name: str, parts: Iterable[tuple[str, TensorEntry, Box]], writt
     places = Places(file_name)
     stored = [places.place(fqn, entry.dtype, box) for fqn, entry, box in parts]
     nbytes = written.files[file_name].bytes if file_name in written.files else 0
-    assert (places.seal, places.end) == (written.seal, nbytes), f"{file_name} does not hold what was planned"
+    if (places.seal, places.end) != (written.seal, nbytes):
+        raise CheckpointError(f"{file_name} does not hold what was planned: the save was given up, this is our mistake")
     return stored
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from reshard.checkpoint.blocks import Throttle
 from reshard.checkpoint.manifest import Manifest
 from reshard.checkpoint.ours import refuse_others
-from reshard.checkpoint.plan import Planner
+from reshard.checkpoint.plan import Planner, SavePlan
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.save import About, begin_plan, mine, plan_save, write_and_commit
 from reshard.checkpoint.state import Piece, State, dtype_from_name
@@ -77,18 +77,22 @@ class Saver:
             return [*over, Saved(directory, manifest, seconds, seconds)]
         # That nobody's part has changed is agreed on while we copy: ranks that come late are not waited for twice.
         offered, planning = begin_plan(state, dtype, self._planner)
-        staged = [] if planning.guess is None else self._stage(mine(offered, planning.guess))
+        staged, failure = self._try_to_stage(offered, planning.guess)
         plan = planning.plan()
         if plan is not planning.guess:
-            staged = self._stage(mine(offered, plan))
+            staged, failure = self._try_to_stage(offered, plan)
         stall = time.perf_counter() - began
         copied, ranks, throttle = self._copied, self._background, _throttle(self._write_limit)
 
+        def copy_is_there() -> None:
+            if failure is not None:
+                raise failure
+            if copied is not None:
+                copied.synchronize()
+
         def work() -> None:
             try:
-                if copied is not None:
-                    copied.synchronize()
-                ranks.maximum(0)  # nobody writes while another still copies, and its training waits
+                ranks.everywhere(copy_is_there)  # nobody writes while another still copies, and its training waits
                 manifest = write_and_commit(directory, staged, plan, about, ranks, throttle)
                 self._outcome = Saved(directory, manifest, stall, time.perf_counter() - began)
             except BaseException as error:  # the thread's own end: it is raised again by `collect`, on every rank
@@ -96,6 +100,8 @@ class Saver:
 
         self._thread = threading.Thread(target=work, name="reshard save", daemon=True)
         self._thread.start()
+        if failure is not None and not isinstance(failure, Exception):
+            raise failure  # an interrupt: the others are told by the thread, this rank goes on with it now
         return over
 
     def status(self) -> int:
@@ -119,6 +125,13 @@ class Saver:
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
             self._copied = None
+
+    def _try_to_stage(self, offered: list[Piece], plan: SavePlan | None) -> tuple[list[Piece], BaseException | None]:
+        """What this rank writes by a plan, copied; or what copying has raised, for the others wait for this rank."""
+        try:
+            return ([] if plan is None else self._stage(mine(offered, plan))), None
+        except BaseException as error:
+            return [], error
 
     def _stage(self, pieces: Iterable[Piece]) -> list[Piece]:
         """Copy the pieces' numbers into the arena; the same pieces, reading from there."""

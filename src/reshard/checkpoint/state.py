@@ -14,8 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed._functional_collectives import (
+    AsyncCollectiveTensor,
+)  # private: an unfinished result; torch 2.13.0
+from torch.distributed.tensor import DTensor
+
+from reshard.checkpoint import archive
+from reshard.checkpoint.kinds import problem_of
+from reshard.checkpoint.placements import problem_of as placements_problem
+from reshard.errors import CheckpointError
 
 State = Mapping[str, Any]  # of tensors, or of such mappings
 
@@ -118,45 +125,95 @@ def flatten(state: State) -> dict[str, tuple[tuple[str, ...], Tensor]]:
     return flat
 
 
-def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
-    """This rank's numbers and the box that they fill; an empty shard has an empty box."""
-    if isinstance(tensor, DTensor):
-        with torch.no_grad():  # as data: autograd would make a node of it
-            return tensor.to_local().detach(), _box_of(tensor)
-    return tensor.detach(), Box((0,) * tensor.ndim, tuple(tensor.shape))
+Known = dict[tuple[Any, ...], Box]  # boxes, by what decides them; see `local_part`
+NOWHERE = Box((0,), (0,))  # of a rank that is not in a tensor's mesh: no numbers, also of a scalar
 
 
-_BOXES: dict[tuple[DeviceMesh, tuple[Placement, ...], tuple[int, ...]], Box] = {}
+def local_part(tensor: Tensor, name: str = "a tensor", known: Known | None = None) -> tuple[Tensor, Box]:
+    """This rank's numbers and the box that they fill; an empty shard has an empty box.
+
+    known: of one save or load, so that torch is asked once for all tensors that lie alike: it takes 50 us to answer.
+    Never kept for another: the ranks may have met again in another order by then.
+    Raises CheckpointError, naming the tensor, where the box that it claims is not that of the numbers that it holds.
+    """
+    if not isinstance(tensor, DTensor):
+        if isinstance(tensor, AsyncCollectiveTensor):
+            tensor = tensor.wait()
+        return tensor.detach(), Box((0,) * tensor.ndim, tuple(tensor.shape))
+    with torch.no_grad():  # as data: autograd would make a node of it
+        local = tensor.to_local().detach()
+    if isinstance(local, AsyncCollectiveTensor):
+        local = local.wait()
+    box = _box_of(tensor, name, {} if known is None else known)
+    problem = problem_of(local)
+    if problem is not None:
+        problem = f"its part on this rank is {problem}"
+    elif tuple(local.shape) != box.sizes and box is not NOWHERE:
+        problem = f"this rank holds {list(local.shape)} of it, but its placements {tensor.placements!r} say {box}"
+    elif local.dtype != tensor.dtype:
+        problem = f"this rank holds {dtype_name(local.dtype)}, but it says {dtype_name(tensor.dtype)}"
+    if problem is not None:
+        raise _refused(name, problem)
+    return local, box
 
 
-def _box_of(tensor: DTensor) -> Box:
-    """Which box of a tensor is this rank's? Asked of torch once for all that lie alike: it takes 50 us to answer."""
-    key = tensor.device_mesh, tensor.placements, tuple(tensor.shape)
-    box = _BOXES.get(key)
+def _box_of(tensor: DTensor, name: str, known: Known) -> Box:
+    """Which box of a tensor is this rank's? Raises CheckpointError where torch's answer is wrong on any rank."""
+    mesh, placements, shape = tensor.device_mesh, tensor.placements, tuple(tensor.shape)
+    coordinate = mesh.get_coordinate()
+    # Equal meshes may be of two meetings of the ranks, in which this one had other coordinates.
+    key = mesh, coordinate, placements, shape
+    box = known.get(key)
     if box is None:
-        # DCP's own protocol method of DTensor, not a public name; tested on torch 2.13.0.
-        chunks = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
-        empty = (0,) * tensor.ndim
-        box = Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes)) if chunks else Box(empty, empty)
-        _BOXES[key] = box
+        problem = placements_problem(placements, tuple(mesh.shape), shape)
+        if problem is not None:
+            raise _refused(name, problem)
+        box = NOWHERE
+        if coordinate is not None:
+            # DCP's own protocol method of DTensor, not a public name; tested on torch 2.13.0.
+            (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+            box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+            if not box.within(shape):
+                raise _refused(name, f"torch says that this rank holds {box}, which is outside of its shape {shape}")
+        known[key] = box
     return box
 
 
-def pieces_of(fqn: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[Piece]:
+def _refused(name: str, problem: str) -> CheckpointError:
+    return CheckpointError(f"`{name}` cannot be saved or loaded: {problem}")
+
+
+def pieces_of(
+    fqn: str, tensor: Tensor, dtype: torch.dtype | None = None, known: Known | None = None
+) -> Iterator[Piece]:
     """This rank's part of a tensor, cut along its first dim into chunks of at most PIECE_BYTES.
 
-    dtype: cast to it on the way out; None keeps the tensor's own.
+    dtype: cast to it on the way out; None keeps the tensor's own. known, errors: as `local_part`.
     """
-    local, box = local_part(tensor)
+    local, box = local_part(tensor, fqn, known)
     yield from cut_pieces(fqn, tuple(tensor.shape), local, box, dtype or tensor.dtype)
 
 
 def cut_pieces(fqn: str, shape: tuple[int, ...], local: Tensor, box: Box, stored: torch.dtype) -> Iterator[Piece]:
-    """The same for numbers that are known to be this box of a tensor of this shape."""
+    """The same for numbers that are known to be this box of a tensor of this shape.
+
+    A tensor without elements is one empty piece, as plain torch stores it, and on every rank the same one.
+    Raises CheckpointError for a row that is larger than one chunk can be.
+    """
+    name = dtype_name(stored)
+    if 0 in shape and box is not NOWHERE:
+        empty = local.new_empty(shape)
+        yield Piece(fqn, shape, (0,) * len(shape), shape, name, _reader_of(empty, stored), empty)
+        return
     if box.volume == 0:
         return
-    name = dtype_name(stored)
     for cut in row_cuts(box, stored.itemsize):
+        if cut.volume * stored.itemsize > archive.MOST_BYTES:
+            raise CheckpointError(
+                f"`{fqn}` cannot be saved: one row of it has {cut.volume * stored.itemsize:,} bytes, expected at most "
+                f"{archive.MOST_BYTES:,}",
+                hint="reshape it, so that its first dim is longer",
+            )
         part = local if cut == box else local[cut.slices_in(box)]
         yield Piece(fqn, shape, cut.offsets, cut.sizes, name, _reader_of(part, stored), part)
 
@@ -167,8 +224,19 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
+def has_own_bytes(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Are the numbers of a tensor, in this dtype, the bytes of its memory, one after the other?"""
+    return (
+        tensor.dtype == dtype
+        and tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
+
+
 def _reader_of(part: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    return lambda: part.to(device="cpu", dtype=dtype)
+    return lambda: part.to(device="cpu", dtype=dtype).resolve_conj().resolve_neg()
 
 
 def row_cuts(box: Box, itemsize: int) -> Iterator[Box]:

@@ -17,6 +17,7 @@ from reshard.checkpoint import archive
 from reshard.checkpoint.blocks import BLOCK_BYTES, BlockWriter, Throttle
 from reshard.checkpoint.manifest import FileEntry, crc32
 from reshard.checkpoint.state import Box, Piece, bytes_of, dtype_from_name
+from reshard.errors import CheckpointError
 
 # The numbers of chunks from this size on begin with a block: who reads a part of one then seldom reads more than that.
 ALIGNED_BYTES = 64 * BLOCK_BYTES  # so that the gaps in front of them are at most a 64th of the file
@@ -82,17 +83,21 @@ def write_pieces(directory: Path, file_name: str, pieces: Iterable[Piece], throt
 
 
 def append_piece(piece: Piece, places: Places, out: BlockWriter) -> Stored:
-    """Write one piece to where its place is. Raises OSError."""
+    """Write one piece to where its place is. Raises OSError, CheckpointError where its numbers are not as planned."""
     stored = places.place(piece.fqn, piece.dtype, piece.box)
     out.append(bytes(stored.offset - out.bytes))
     tensor = piece.read()
-    assert tuple(tensor.shape) == piece.sizes, f"{piece.fqn}: read {tuple(tensor.shape)}, planned {piece.sizes}"
-    assert tensor.dtype == dtype_from_name(piece.dtype), f"{piece.fqn}: read {tensor.dtype}, planned {piece.dtype}"
+    if (tuple(tensor.shape), tensor.dtype) != (piece.sizes, dtype_from_name(piece.dtype)):
+        raise CheckpointError(
+            f"`{piece.fqn}` has {list(tensor.shape)} {tensor.dtype} to be written, {list(piece.sizes)} {piece.dtype} were "
+            "planned: it was changed while it was saved"
+        )
     out.append(archive.head(tensor.dtype, piece.sizes))
     # Kept by reference until it is written; a strided slice has to be copied together first.
     crc = out.append(bytes_of(tensor.contiguous()))
     out.append(archive.tail(tensor.dtype, piece.sizes, crc))
     if piece.part is None and piece.nbytes >= ALIGNED_BYTES:
         out.flush()  # what waits to be written would keep all of this piece in memory while the next one is read
-    assert out.bytes == places.end, f"{piece.fqn} ends at byte {out.bytes}, {places.end} was planned"
+    if out.bytes != places.end:
+        raise CheckpointError(f"`{piece.fqn}` ends at byte {out.bytes}, {places.end} was planned: this is our mistake")
     return stored

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reshard.checkpoint.verify import Level, Verdict
+from reshard.paths import local_path
 
 if TYPE_CHECKING:
     from reshard.commands.diff import Report
@@ -47,7 +48,7 @@ def convert(
         tokenizer=Path(tokenizer) if tokenizer is not None else None,
         verify=verify,
     )
-    return run(Path(source), Path(target), to=to, model=model, rope_factor=rope_factor, options=options)
+    return run(local_path(source), local_path(target), to=to, model=model, rope_factor=rope_factor, options=options)
 
 
 def inspect(path: AnyPath, *, model: str | None = None) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def inspect(path: AnyPath, *, model: str | None = None) -> dict[str, Any]:
     """
     from reshard.commands.inspect import run
 
-    return run(Path(path), model)
+    return run(local_path(path), model)
 
 
 def verify(path: AnyPath, *, level: Level = "bytes") -> list[Verdict]:
@@ -68,7 +69,7 @@ def verify(path: AnyPath, *, level: Level = "bytes") -> list[Verdict]:
     """
     from reshard.commands.verify import run
 
-    return run(Path(path), level)
+    return run(local_path(path), level)
 
 
 def diff(left: AnyPath, right: AnyPath, *, model: str | None = None) -> Report:
@@ -79,5 +80,5 @@ def diff(left: AnyPath, right: AnyPath, *, model: str | None = None) -> Report:
     from reshard.commands.diff import compare
     from reshard.commands.sources import open_source
 
-    a, b = (open_source(Path(path), model=model) for path in (left, right))
+    a, b = (open_source(local_path(path), model=model) for path in (left, right))
     return compare(a, b)

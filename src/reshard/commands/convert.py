@@ -19,6 +19,7 @@ from reshard.formats.output import DEFAULT_MEMORY, Output, floods, write_output
 from reshard.formats.protocol import Ledger, Source
 from reshard.formats.torch_model import plan_torch
 from reshard.formats.torchtune import plan_torchtune
+from reshard.paths import local_path
 from reshard.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -68,13 +69,13 @@ def import_meta(source: Path, target: Path, *, freqs_cis_rows: int | None = None
     freqs_cis_rows: write the dialect that torchtitan loaded until July 2025 instead: names under `model.`, and the table
     of rotations for so many positions. Raises as `run` does.
     """
-    opened = open_meta(source)
+    opened = open_meta(local_path(source))
     if freqs_cis_rows is None:
-        convert(opened, target, "dcp", Options())
+        convert(opened, local_path(target), "dcp", Options())
     else:
         from reshard.commands.titan import to_early_titan
 
-        to_early_titan(opened, target, freqs_cis_rows)
+        to_early_titan(opened, local_path(target), freqs_cis_rows)
     return target
 
 
