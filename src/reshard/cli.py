@@ -37,8 +37,8 @@ class _LocalPath(click.Path):
 
     def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Raises CheckpointError for an address."""
-        local_path(value)
-        return Path(super().convert(value, param, ctx))
+        super().convert(local_path(value), param, ctx)
+        return local_path(value)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

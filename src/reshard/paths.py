@@ -27,6 +27,8 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     """The path. Raises CheckpointError for a URL, of whatever scheme, `file://` too."""
     if is_address(path):
         raise CheckpointError(
-            f"`{os.fspath(path)}` is an address, expected a path on a file system of this machine", path=path, hint=HINT
+            f"`{os.fspath(path)}` is an address, expected a path on a file system of this machine",
+            path=os.fspath(path),
+            hint=HINT,
         )
     return Path(path)

@@ -19,23 +19,24 @@ from reshard.checkpoint import archive
 _KNOWN: set[type] = {Tensor, nn.Parameter, DTensor, AsyncCollectiveTensor}  # a Buffer's class is Tensor
 _OF_TENSOR = frozenset(dir(Tensor))
 # What a subclass may define of its own: how it is made, shown and pickled, none of which we do.
-_HARMLESS = frozenset(
-    "__class__ __deepcopy__ __delattr__ __dict__ __dir__ __doc__ __format__ __init__ __init_subclass__ __module__ __new__ "
-    "__reduce__ __reduce_ex__ __repr__ __setattr__ __setstate__ __getstate__ __sizeof__ __str__ __subclasshook__ "
-    "__weakref__ __hash__ __annotations__".split()
-)
+_HARMLESS = {
+    "__annotations__", "__class__", "__deepcopy__", "__delattr__", "__dict__", "__dir__", "__doc__", "__format__",
+    "__getstate__", "__hash__", "__init__", "__init_subclass__", "__module__", "__new__", "__reduce__", "__reduce_ex__",
+    "__repr__", "__setattr__", "__setstate__", "__sizeof__", "__str__", "__subclasshook__", "__weakref__",
+}  # fmt: skip
 
 
 def problem_of(tensor: Tensor) -> str | None:
     """What it is, where that cannot be stored or filled, in words that follow `it is`; None where it can."""
     kind = type(tensor)
-    if isinstance(tensor, ShardedTensor):
-        return "a ShardedTensor, expected DTensors (FSDP2)"
-    if kind not in _KNOWN and not _is_plain_class(kind):
-        return (
-            f"a {kind.__module__}.{kind.__qualname__}, a tensor subclass of which it is not known that a copy of its "
-            "numbers is all there is to it, expected torch.Tensor, Parameter or DTensor"
-        )
+    if kind not in _KNOWN:
+        if isinstance(tensor, ShardedTensor):
+            return "a ShardedTensor, expected DTensors (FSDP2)"
+        if not _is_plain_class(kind):
+            return (
+                f"a {kind.__module__}.{kind.__qualname__}, a tensor subclass of which it is not known that a copy of its "
+                "numbers is all there is to it, expected torch.Tensor, Parameter or DTensor"
+            )
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
         layout = "nested" if tensor.is_nested else tensor.layout
         return f"a tensor without numbers of its own ({layout}, {tensor.device})"
@@ -76,4 +77,4 @@ def shares_memory(tensor: Tensor) -> bool:
     places = torch.zeros(1, dtype=torch.int64)  # rare: dims that are interleaved, which may still never meet
     for step, n in extents:
         places = (places[:, None] + step * torch.arange(n)).reshape(-1)
-    return places.unique().numel() < places.numel()
+    return len(set(places.tolist())) < len(places)

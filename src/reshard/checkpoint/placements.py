@@ -25,7 +25,7 @@ def problem_of(placements: Sequence[Placement], mesh_shape: tuple[int, ...], sha
         if isinstance(placement, Partial):
             return "it is Partial: each rank holds a summand, not a part; hand over `tensor.redistribute(...)` of it"
         if type(placement) not in (Shard, Replicate, _StridedShard):
-            return f"its placement {placement!r} is of a kind that is not known"
+            return f"its placement {placement!r} is a {type(placement).__name__}, expected Shard or Replicate"
     axes: dict[int, list[Axis]] = {}
     for count, placement in zip(mesh_shape, placements, strict=True):
         if isinstance(placement, Shard | _StridedShard):

@@ -71,9 +71,8 @@ class Ranks:
         outcomes = [pickle.loads(each) for each in told]  # noqa: S301  from our own ranks, as torch does it
         failed = [rank for rank, (_, error) in enumerate(outcomes) if error is not None]
         if failed:
-            error = own.told_error if failed[0] == self.rank else outcomes[failed[0]][1]
-            where = failed if len(failed) < self.size else []
-            _raise(error, own, where)
+            error = own.told_error if failed[0] == self.rank else None
+            _raise(error or outcomes[failed[0]][1], own, failed if len(failed) < self.size else [])
         return [value for value, _ in outcomes]
 
     def maximum(self, *values: int) -> list[int]:

@@ -142,13 +142,15 @@ def local_part(tensor: Tensor, name: str = "a tensor", known: Known | None = Non
         return tensor.detach(), Box((0,) * tensor.ndim, tuple(tensor.shape))
     with torch.no_grad():  # as data: autograd would make a node of it
         local = tensor.to_local().detach()
-    if isinstance(local, AsyncCollectiveTensor):
-        local = local.wait()
+    problem = None
+    if type(local) is not Tensor:
+        if isinstance(local, AsyncCollectiveTensor):
+            local = local.wait()
+        problem = problem_of(local)
     box = _box_of(tensor, name, {} if known is None else known)
-    problem = problem_of(local)
     if problem is not None:
         problem = f"its part on this rank is {problem}"
-    elif tuple(local.shape) != box.sizes and box is not NOWHERE:
+    elif local.shape != box.sizes and box is not NOWHERE:
         problem = f"this rank holds {list(local.shape)} of it, but its placements {tensor.placements!r} say {box}"
     elif local.dtype != tensor.dtype:
         problem = f"this rank holds {dtype_name(local.dtype)}, but it says {dtype_name(tensor.dtype)}"
@@ -205,17 +207,23 @@ def cut_pieces(fqn: str, shape: tuple[int, ...], local: Tensor, box: Box, stored
         empty = local.new_empty(shape)
         yield Piece(fqn, shape, (0,) * len(shape), shape, name, _reader_of(empty, stored), empty)
         return
-    if box.volume == 0:
+    volume = box.volume
+    if volume == 0:
         return
+    if volume * stored.itemsize > archive.MOST_BYTES:
+        _check_rows(fqn, box, stored)
     for cut in row_cuts(box, stored.itemsize):
-        if cut.volume * stored.itemsize > archive.MOST_BYTES:
-            raise CheckpointError(
-                f"`{fqn}` cannot be saved: one row of it has {cut.volume * stored.itemsize:,} bytes, expected at most "
-                f"{archive.MOST_BYTES:,}",
-                hint="reshape it, so that its first dim is longer",
-            )
         part = local if cut == box else local[cut.slices_in(box)]
         yield Piece(fqn, shape, cut.offsets, cut.sizes, name, _reader_of(part, stored), part)
+
+
+def _check_rows(fqn: str, box: Box, stored: torch.dtype) -> None:
+    row_bytes = prod(box.sizes[1:]) * stored.itemsize
+    if row_bytes > archive.MOST_BYTES:
+        raise CheckpointError(
+            f"`{fqn}` cannot be saved: one row of it has {row_bytes:,} bytes, expected at most {archive.MOST_BYTES:,}",
+            hint="reshape it, so that its first dim is longer",
+        )
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -236,7 +244,11 @@ def has_own_bytes(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _reader_of(part: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    return lambda: part.to(device="cpu", dtype=dtype).resolve_conj().resolve_neg()
+    def read() -> Tensor:
+        numbers = part.to(device="cpu", dtype=dtype)
+        return numbers.resolve_conj().resolve_neg() if numbers.is_conj() or numbers.is_neg() else numbers
+
+    return read
 
 
 def row_cuts(box: Box, itemsize: int) -> Iterator[Box]:
