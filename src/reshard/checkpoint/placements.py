@@ -18,12 +18,17 @@ from torch.distributed.tensor.placement_types import _StridedShard  # private: w
 Axis = tuple[int, int]  # of a mesh: ranks along it, and the split factor of its placement; 1: a plain Shard
 Runs = tuple[tuple[int, int], ...]  # indices along a dim, as runs: first and end of each
 
+HINT = (
+    "with FSDP over tensor parallelism, let its rows divide by the ranks of tensor parallelism (pad the vocabulary, say); "
+    "any other tensor: place it by Shard and Replicate alone"
+)
+
 
 def problem_of(placements: Sequence[Placement], mesh_shape: tuple[int, ...], shape: tuple[int, ...]) -> str | None:
     """Why torch's box cannot be believed, in words that follow the tensor's name; None where it can."""
     for placement in placements:
         if isinstance(placement, Partial):
-            return "it is Partial: each rank holds a summand, not a part; hand over `tensor.redistribute(...)` of it"
+            return f"it is {placement!r}: each rank holds a summand of it, not a part"
         if type(placement) not in (Shard, Replicate, _StridedShard):
             return f"its placement {placement!r} is a {type(placement).__name__}, expected Shard or Replicate"
     axes: dict[int, list[Axis]] = {}
@@ -34,8 +39,8 @@ def problem_of(placements: Sequence[Placement], mesh_shape: tuple[int, ...], sha
     for dim, along in axes.items():
         if any(factor > 1 for _, factor in along) and not named_as_held(tuple(along), shape[dim]):
             return (
-                f"torch does not say right which of its {shape[dim]} rows (dim {dim}) each rank holds, as they do not "
-                f"divide evenly: placements {tuple(placements)!r} on a mesh of {tuple(mesh_shape)}"
+                f"torch does not say right which of its {shape[dim]} rows (dim {dim}) each rank holds, as they are placed "
+                f"by {tuple(placements)!r} on a mesh of {tuple(mesh_shape)}"
             )
     return None
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from reshard.checkpoint import archive
 from reshard.checkpoint.kinds import problem_of
+from reshard.checkpoint.placements import HINT as PLACEMENT_HINT
 from reshard.checkpoint.placements import problem_of as placements_problem
 from reshard.errors import CheckpointError
 
@@ -37,6 +38,9 @@ class Box(NamedTuple):
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{list(self.sizes)} at {list(self.offsets)}"
 
     @property
     def volume(self) -> int:
@@ -169,7 +173,7 @@ def _box_of(tensor: DTensor, name: str, known: Known) -> Box:
     if box is None:
         problem = placements_problem(placements, tuple(mesh.shape), shape)
         if problem is not None:
-            raise _refused(name, problem)
+            raise _refused(name, problem, PLACEMENT_HINT)
         box = NOWHERE
         if coordinate is not None:
             # DCP's own protocol method of DTensor, not a public name; tested on torch 2.13.0.
@@ -181,8 +185,8 @@ def _box_of(tensor: DTensor, name: str, known: Known) -> Box:
     return box
 
 
-def _refused(name: str, problem: str) -> CheckpointError:
-    return CheckpointError(f"`{name}` cannot be saved or loaded: {problem}")
+def _refused(name: str, problem: str, hint: str | None = None) -> CheckpointError:
+    return CheckpointError(f"`{name}` cannot be saved or loaded: {problem}", hint=hint)
 
 
 def pieces_of(
