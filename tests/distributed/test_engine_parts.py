@@ -477,8 +477,9 @@ def be_rank(rank: int, ranks: int, folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
+    import torch._dynamo
     import torch.distributed.checkpoint
-    import torch.distributed.fsdp  # before the ranks are forked: it takes seconds
+    import torch.distributed.fsdp  # all of it before the ranks are forked, which would each take a second for it
 
     import reshard.checkpoint.adapters
     import reshard.checkpoint.api  # noqa: F401
