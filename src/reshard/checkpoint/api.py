@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from operator import setitem
 from pathlib import Path
@@ -232,11 +232,14 @@ def _state(
     def look() -> str:
         told.append(_about(local_path(path), step))
         leaves.extend(_leaves(Path(path), state_dict))
-        return crc32_hex(json.dumps(_values(leaves)).encode())
+        return crc32_hex(as_json().encode())
+
+    def as_json() -> str:  # also as it travels: a number may be of a class that other processes cannot find
+        return json.dumps(_values(leaves))
 
     alike = len(set(ranks.everywhere(look))) == 1
     directory = Path(path)
-    values = _values(leaves) if alike else _merged(directory, ranks.everywhere(lambda: _values(leaves)))
+    values = _values(leaves) if alike else _merged(directory, map(json.loads, ranks.everywhere(as_json)))
     state: dict[str, Any] = {}
     for leaf in leaves:
         if isinstance(leaf.value, Tensor):
@@ -253,7 +256,7 @@ def _values(leaves: list[_Leaf]) -> dict[str, Any]:
     return {leaf.name: leaf.value for leaf in leaves if not isinstance(leaf.value, Tensor)}
 
 
-def _merged(directory: Path, of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
+def _merged(directory: Path, of_ranks: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """One set of values. Raises CheckpointError for those that are not the same on all ranks that have them."""
     merged: dict[str, Any] = {}
     for rank, values in enumerate(of_ranks):

@@ -13,6 +13,7 @@ import pickle
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 from reshard.errors import RankFailed, ReshardError, listed
@@ -51,7 +52,7 @@ class Ranks:
         own = _attempt(work, self.rank) if self.is_first else None
         box = [own and own.told]
         dist.broadcast_object_list(box, group=self._group, group_src=0)
-        value, error = (own.value, own.told_error) if own else pickle.loads(cast(bytes, box[0]))  # noqa: S301
+        value, error = cast(_Told, box[0])
         if error is not None:
             _raise(error, own)
         return cast(T, value)
@@ -68,12 +69,11 @@ class Ranks:
         own = _attempt(work, self.rank)
         told: list[Any] = [None] * self.size
         dist.all_gather_object(told, own.told, group=self._group)
-        outcomes = [pickle.loads(each) for each in told]  # noqa: S301  from our own ranks, as torch does it
-        failed = [rank for rank, (_, error) in enumerate(outcomes) if error is not None]
+        failed = [rank for rank, (_, error) in enumerate(told) if error is not None]
         if failed:
-            error = own.told_error if failed[0] == self.rank else None
-            _raise(error or outcomes[failed[0]][1], own, failed if len(failed) < self.size else [])
-        return [value for value, _ in outcomes]
+            first: Any = own.told[1] if failed[0] == self.rank else told[failed[0]][1]
+            _raise(first, own, failed if len(failed) < self.size else [])
+        return [value for value, _ in told]
 
     def maximum(self, *values: int) -> list[int]:
         """The largest of each value over all ranks: one small round. Collective."""
@@ -138,30 +138,30 @@ def _raw(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-class _Outcome(NamedTuple):
-    """What one rank's work came to. told: the value and the error for the others, pickled. error: as it was raised."""
+_Told = tuple[Any, ReshardError | OSError | None]  # what the others get to know: a value, or an error
 
-    value: Any
-    error: BaseException | None
-    told_error: BaseException | None
-    told: bytes
+
+class _Outcome(NamedTuple):
+    """What one rank's work came to. error: as it was raised."""
+
+    told: _Told
+    error: BaseException | None = None
 
 
 def _attempt(work: Callable[[], Any], rank: int) -> _Outcome:
     try:
-        value = work()
-        return _Outcome(value, None, None, pickle.dumps((value, None)))
+        return _Outcome((work(), None))
     except BaseException as error:
-        told = _fit_to_travel(error, rank)
-        return _Outcome(None, error, told, pickle.dumps((None, told)))
+        return _Outcome((None, _fit_to_travel(error, rank)), error)
 
 
 def _fit_to_travel(error: BaseException, rank: int) -> ReshardError | OSError:
     """The error as it is, where it says on purpose what is wrong and arrives as it was; else what can be said of it."""
     if isinstance(error, ReshardError | OSError):
         with suppress(Exception):
-            if type(pickle.loads(pickle.dumps(error))) is type(error):  # noqa: S301  our own bytes
-                return error
+            pickle.dumps(error)
+            copy(error)  # is made again as pickle would make it
+            return error
     said = "".join(traceback.format_exception_only(error)).strip()
     failed = RankFailed(
         f"rank {rank} failed: {said}",
@@ -187,6 +187,6 @@ def _raise(error: BaseException, own: _Outcome | None, ranks: list[int] | None =
             error.args = (error.message,)
     elif ranks and isinstance(error, OSError):
         error.strerror = f"{error.strerror or error} ({where})"
-    if cause is not None and own is not None and own.told_error is error and error is not cause:
+    if cause is not None and own is not None and own.told[1] is error and error is not cause:
         raise error from cause
     raise error

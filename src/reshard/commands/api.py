@@ -80,5 +80,5 @@ def diff(left: AnyPath, right: AnyPath, *, model: str | None = None) -> Report:
     from reshard.commands.diff import compare
     from reshard.commands.sources import open_source
 
-    a, b = (open_source(local_path(path), model=model) for path in (left, right))
+    a, b = (open_source(path, model=model) for path in [local_path(left), local_path(right)])
     return compare(a, b)
