@@ -29,6 +29,10 @@ _KEYS = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 _ARGUMENTS = click.argument(
     "arguments", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG.toml] [--section.key value]..."
 )
+_ROPE_SCALING = click.option(
+    "--rope-scaling", type=click.Choice(["none", "llama3"]),
+    help="Is its RoPE scaled? Asked for where nothing says it, as of torchtitan's checkpoints.",
+)  # fmt: skip
 _JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 
 
@@ -149,6 +153,7 @@ def config(arguments: Sequence[str], keys: bool, checking: bool, world_size: int
 @click.option("--prompt", default="", help="Text to continue; none: from the beginning of a document.")
 @click.option("--config", "config_path", type=_LocalPath(path_type=Path), help="Config that says model and tokenizer.")
 @click.option("--model", "flavor", help="Flavor of a bare .pt, e.g. debugmodel or 8B.")
+@_ROPE_SCALING
 @click.option("--tokenizer", help="Tokenizer, as in model.tokenizer_path.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens to generate.")
 @click.option(
@@ -163,6 +168,7 @@ def generate(
     prompt: str,
     config_path: Path | None,
     flavor: str | None,
+    rope_scaling: Literal["none", "llama3"] | None,
     tokenizer: str | None,
     max_tokens: int,
     temperature: float,
@@ -174,8 +180,8 @@ def generate(
 
     click.echo(prompt, nl=False)
     run(
-        path, prompt, config_path=config_path, flavor=flavor, tokenizer=tokenizer, max_tokens=max_tokens,
-        temperature=temperature, top_k=top_k, seed=seed, show=lambda text: click.echo(text, nl=False),
+        path, prompt, config_path=config_path, flavor=flavor, rope_scaling=rope_scaling, tokenizer=tokenizer,
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed, show=lambda text: click.echo(text, nl=False),
     )  # fmt: skip
     click.echo()
 
@@ -230,6 +236,7 @@ def parity(arguments: Sequence[str], layouts: str, steps: int, as_json: bool) ->
     help="Config that says model and tokenizer, where PATH does not.",
 )
 @click.option("--model", "flavor", help="Flavor of a bare .pt, e.g. debugmodel or 8B.")
+@_ROPE_SCALING
 @click.option("--tokenizer", help="Tokenizer, as in model.tokenizer_path.")
 @click.option("--seq-len", type=click.IntRange(min=1), help="Tokens per sequence. Default: the training's.")
 @click.option("--sequences", type=click.IntRange(min=1), default=64, show_default=True, help="Sequences to measure on.")
@@ -240,6 +247,7 @@ def evaluate(
     data: str | None,
     config_path: Path | None,
     flavor: str | None,
+    rope_scaling: Literal["none", "llama3"] | None,
     tokenizer: str | None,
     seq_len: int | None,
     sequences: int,
@@ -250,8 +258,8 @@ def evaluate(
     from reshard.commands.evaluate import run
 
     report = run(
-        path, data=data, config_path=config_path, flavor=flavor, tokenizer=tokenizer, seq_len=seq_len,
-        sequences=sequences, batch_size=batch_size,
+        path, data=data, config_path=config_path, flavor=flavor, rope_scaling=rope_scaling, tokenizer=tokenizer,
+        seq_len=seq_len, sequences=sequences, batch_size=batch_size,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps(report))
@@ -345,8 +353,10 @@ def verify(paths: Sequence[Path], level: Literal["files", "bytes"], as_json: boo
 )
 @click.option("--model", help="What SOURCE is, if it does not say: FLAVOR, NAME/FLAVOR, a params.json or config.json.")
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "float64"]), help="Cast on the way.")
+@_ROPE_SCALING
 @click.option("--rope-scaling-factor", type=float, help="Instead of the release's, 32 for 3.2's 1B and 3B, else 8.")
 @click.option("--tokenizer", type=_LocalPath(path_type=Path, exists=True), help="Instead of the one beside SOURCE.")
+@click.option("--no-tokenizer", is_flag=True, help="The weights alone, where the tokenizer cannot be handed on.")
 @click.option(
     "--max-memory", default="512MiB", show_default=True, help="Of anonymous memory, whatever the model's size."
 )
@@ -369,8 +379,10 @@ def convert(
     to: str | None,
     model: str | None,
     dtype: str | None,
+    rope_scaling: Literal["none", "llama3"] | None,
     rope_scaling_factor: float | None,
     tokenizer: Path | None,
+    no_tokenizer: bool,
     max_memory: str,
     workers: int,
     shards: int,
@@ -387,14 +399,19 @@ def convert(
 
     options = Options(
         dtype=dtype, memory=parse_size(max_memory), workers=workers, shards=shards,
-        max_shard_bytes=parse_size(max_shard_size), names=names, tokenizer=tokenizer, verify=verifying,
+        max_shard_bytes=parse_size(max_shard_size), names=names, tokenizer=tokenizer,
+        no_tokenizer=no_tokenizer, verify=verifying,
     )  # fmt: skip
     if dry_run:
-        opened = open_source(source, model=model, rope_factor=rope_scaling_factor)
-        report = describe_plan(opened, target, target_format(target, to), options)
+        form = target_format(target, to)
+        opened = open_source(
+            source, model=model, rope_scaling=rope_scaling, rope_factor=rope_scaling_factor,
+            rope_matters=form != "torch",
+        )  # fmt: skip
+        report = describe_plan(opened, target, form, options)
         click.echo(json.dumps(report) if as_json else "\n".join(plan_lines(report)))
         return
-    run(source, target, to=to, model=model, rope_factor=rope_scaling_factor, options=options)
+    run(source, target, to=to, model=model, rope_scaling=rope_scaling, rope_factor=rope_scaling_factor, options=options)
     click.echo(json.dumps({"path": str(target)}) if as_json else target)
 
 
@@ -404,16 +421,25 @@ def convert(
 @click.option(
     "--model", help="What they are, where they do not say: FLAVOR, NAME/FLAVOR, a params.json or config.json."
 )
+@_ROPE_SCALING
 @click.option("--any-dtype", is_flag=True, help="Equal numbers are enough.")
 @click.option("--tolerance", type=click.FloatRange(min=0), default=0.0, help="Of the largest relative difference.")
 @_JSON
-def diff(left: Path, right: Path, model: str | None, any_dtype: bool, tolerance: float, as_json: bool) -> None:
+def diff(
+    left: Path,
+    right: Path,
+    model: str | None,
+    rope_scaling: Literal["none", "llama3"] | None,
+    any_dtype: bool,
+    tolerance: float,
+    as_json: bool,
+) -> None:
     """Are these the same weights, in whatever format? Exit 0 yes, 1 no, 2 cannot tell."""
     from reshard.commands.diff import compare, lines
     from reshard.commands.sources import open_source
     from reshard.progress import progress_bar
 
-    a, b = (open_source(path, model=model) for path in (left, right))
+    a, b = (open_source(path, model=model, rope_scaling=rope_scaling) for path in (left, right))
     with progress_bar("diff", sum(tensor.nbytes for tensor in a.tensors.values())) as advance:
         report = compare(a, b, advance)
     same = report.same(any_dtype=any_dtype, tolerance=tolerance)

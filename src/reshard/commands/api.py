@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from reshard.checkpoint.verify import Level, Verdict
 from reshard.paths import local_path
@@ -26,6 +26,8 @@ def convert(
     model: str | None = None,
     dtype: str | None = None,
     tokenizer: AnyPath | None = None,
+    no_tokenizer: bool = False,
+    rope_scaling: Literal["none", "llama3"] | None = None,
     rope_factor: float | None = None,
     max_memory: str | int = "512MiB",
     verify: bool = False,
@@ -35,7 +37,9 @@ def convert(
     to: dcp, hf, meta, torch, torchtune or gguf; None goes by the target's name: .gguf, .pt, else a DCP checkpoint.
     model: what the source is, where it does not say: FLAVOR, NAME/FLAVOR, a params.json or config.json.
     dtype: float16, bfloat16, float32 or float64; None keeps what is there. tokenizer: instead of the one beside the source.
-    rope_factor: of a stretched RoPE, instead of the release's. max_memory: anonymous memory, bytes or e.g. "2GiB".
+    no_tokenizer: the weights alone, where the tokenizer cannot be handed on. rope_scaling: whether RoPE is scaled, where
+    nothing says it, as of torchtitan's checkpoints. rope_factor: of a stretched RoPE, instead of the release's.
+    max_memory: anonymous memory, bytes or e.g. "2GiB".
     verify: read everything back. The target must not exist, or be an empty directory.
     Raises ReshardError; nothing is then left behind.
     """
@@ -46,9 +50,18 @@ def convert(
         dtype=dtype,
         memory=max_memory if isinstance(max_memory, int) else parse_size(max_memory),
         tokenizer=Path(tokenizer) if tokenizer is not None else None,
+        no_tokenizer=no_tokenizer,
         verify=verify,
     )
-    return run(local_path(source), local_path(target), to=to, model=model, rope_factor=rope_factor, options=options)
+    return run(
+        local_path(source),
+        local_path(target),
+        to=to,
+        model=model,
+        rope_scaling=rope_scaling,
+        rope_factor=rope_factor,
+        options=options,
+    )
 
 
 def inspect(path: AnyPath, *, model: str | None = None) -> dict[str, Any]:
@@ -72,13 +85,19 @@ def verify(path: AnyPath, *, level: Level = "bytes") -> list[Verdict]:
     return run(local_path(path), level)
 
 
-def diff(left: AnyPath, right: AnyPath, *, model: str | None = None) -> Report:
+def diff(
+    left: AnyPath,
+    right: AnyPath,
+    *,
+    model: str | None = None,
+    rope_scaling: Literal["none", "llama3"] | None = None,
+) -> Report:
     """Are these the same weights, in whatever formats? `.same()` says so; `.differences` where they differ.
 
-    model: as in `convert`, for both. Raises ReshardError.
+    model, rope_scaling: as in `convert`, for both. Raises ReshardError.
     """
     from reshard.commands.diff import compare
     from reshard.commands.sources import open_source
 
-    a, b = (open_source(path, model=model) for path in [local_path(left), local_path(right)])
+    a, b = (open_source(local_path(path), model=model, rope_scaling=rope_scaling) for path in (left, right))
     return compare(a, b)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reshard.commands.convert_dcp import dcp_tensors, to_dcp
-from reshard.commands.sources import FORMATS, open_source
-from reshard.commands.tokenizer_files import with_tokenizer
+from reshard.commands.sources import FORMATS, RopeSaid, open_source
+from reshard.commands.tokenizer_files import say_left_out, with_tokenizer
 from reshard.errors import ConfigError, nearest
 from reshard.formats.gguf import plan_gguf
 from reshard.formats.hf import DEFAULT_SHARD_BYTES, plan_hf
@@ -39,7 +39,12 @@ class Options:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     names: Literal["torchtune", "meta"] = "torchtune"
     tokenizer: Path | None = None
+    no_tokenizer: bool = False
     verify: bool = False
+
+    def __post_init__(self) -> None:
+        if self.no_tokenizer and self.tokenizer is not None:
+            raise ConfigError("--tokenizer and --no-tokenizer contradict each other", hint="leave one of them out")
 
 
 def run(
@@ -49,6 +54,7 @@ def run(
     to: str | None = None,
     model: str | None = None,
     dtype: str | None = None,
+    rope_scaling: RopeSaid | None = None,
     rope_factor: float | None = None,
     options: Options | None = None,
 ) -> Path:
@@ -58,8 +64,11 @@ def run(
     Raises ReshardErrors; nothing is then left behind.
     """
     options = options or Options(dtype=dtype)
-    opened = open_source(source, model=model, rope_factor=rope_factor)
-    convert(opened, target, target_format(target, to), options)
+    form = target_format(target, to)
+    opened = open_source(
+        source, model=model, rope_scaling=rope_scaling, rope_factor=rope_factor, rope_matters=form != "torch"
+    )
+    convert(opened, target, form, options)
     return target
 
 
@@ -94,8 +103,11 @@ def target_format(target: Path, to: str | None) -> str:
 
 def convert(source: Source, target: Path, to: str, options: Options) -> None:
     """Write an opened source in a format. Raises as `run` does."""
-    assert source.spec is not None, source.path
+    spec = source.spec
+    assert spec is not None, source.path
     _say_cast(source, options.dtype)
+    source = with_tokenizer(source, spec, to, options.tokenizer, without=options.no_tokenizer)
+    say_left_out(source, spec, to)
     if to == "dcp":
         manifest = to_dcp(
             source, target, dtype=options.dtype, memory=options.memory, workers=options.workers, verify=options.verify
@@ -104,7 +116,6 @@ def convert(source: Source, target: Path, to: str, options: Options) -> None:
             "%s: %d tensors, %.1f MB, from %s", target, len(manifest.tensors), manifest.bytes / 1e6, source.path
         )
         return
-    source = with_tokenizer(source, source.spec, to, options.tokenizer)
     output = plan(source, target, to, options)
     ledger = Ledger(drops=floods(output.nbytes + output.tensor_bytes))
     with progress_bar(f"{source.path.name} to {to}", output.tensor_bytes) as advance:
@@ -158,7 +169,7 @@ def describe_plan(source: Source, target: Path, to: str, options: Options) -> di
             for name, t in tensors.items()
         ]
         return {**report, "bytes": sum(t.nbytes for t in tensors.values()), "files": {}, "tensors": rows}
-    source = with_tokenizer(source, spec, to, options.tokenizer)
+    source = with_tokenizer(source, spec, to, options.tokenizer, without=options.no_tokenizer)
     output = plan(source, target, to, options)
     rows = [
         {

@@ -7,31 +7,37 @@ torch: the index and the archives are read by readers of our own.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from reshard.checkpoint.index import IndexedTensor, index_bytes, open_item, read_index
 from reshard.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from reshard.errors import FormatError, IntegrityError, StorageError
-from reshard.formats.dialects import canonical_tensors, told
+from reshard.formats.dialects import Told, canonical_tensors, check_scaling_is_said, told
+from reshard.formats.gguf import rope_frequencies
 from reshard.formats.protocol import ITEM_BYTES, Block, Region, Source, StoredTensor
 from reshard.model.names import TORCHTITAN
-from reshard.model.spec import LlamaSpec
+from reshard.model.spec import LlamaSpec, RopeScaling
 
 # What else a full checkpoint holds, ours or torchtitan's: these are not weights.
 _OTHER_PARTS = ("optimizer.", "train_state.", "lr_scheduler.", "dataloader.")
 _OTHER_NAMES = ("optimizer", "train_state", "lr_scheduler", "dataloader")
 
 
-def open_dcp(directory: Path, model: LlamaSpec | None = None) -> Source:
+def open_dcp(directory: Path, model: Told | None = None) -> Source:
     """The weights of a DCP directory. model: what it is said to be, where no manifest says it.
 
+    Of what torchtitan trained, the table of rotations says how RoPE was scaled, where there is one (until August 2025).
     Raises NotACheckpoint, IntegrityError, StorageError, FormatError, TensorMismatch.
     """
     manifest = read_manifest(directory) if (directory / MANIFEST).exists() else None
     index = read_index(index_bytes(directory, manifest), directory)
     said = LlamaSpec.from_dict(manifest.model) if manifest is not None and manifest.model else None
-    spec = said or told(directory, model)
+    told_model = Told(said) if said is not None else told(directory, model)
     names = [name for name in index.tensors if not _is_other(name)]
     strange = [name for name in index.objects if not _is_other(name)]
     if strange or not names:
@@ -39,8 +45,39 @@ def open_dcp(directory: Path, model: LlamaSpec | None = None) -> Source:
         raise FormatError(f"{directory} {what}", path=directory)
     with _Files(directory) as files:
         found = {name: _stored(name, index.tensors[name], files) for name in names}
-    tensors, spec = canonical_tensors(found, directory, spec, TORCHTITAN)
+    if said is None:
+        trained = len(names) < len(index.tensors) or any(_is_other(name) for name in index.objects)
+        told_model = _with_trained_rope(directory, told_model, found) if trained else told_model
+        check_scaling_is_said(directory, told_model, trained=trained)
+    tensors, spec = canonical_tensors(found, directory, told_model, TORCHTITAN)
     return Source(directory, spec, tensors, _provenance(directory, manifest))
+
+
+def _with_trained_rope(directory: Path, model: Told, found: Mapping[str, StoredTensor]) -> Told:
+    """What the model is told to be, against the table of rotations that it was trained with.
+
+    The second row of freqs_cis is each pair's rotation from one position to the next. A checkpoint that was only converted
+    has torchtitan's table of that time, whatever the weights were trained with: it is not asked.
+    """
+    table = next((found[name] for name in ("freqs_cis", "model.freqs_cis") if name in found), None)
+    if table is None or table.dtype != "complex64" or table.shape[1:] != (model.spec.head_dim // 2,) or table.rows < 2:
+        return model
+    frequencies = np.angle(table.read_bytes(1, 2).view(np.complex64))
+    if not np.isclose(frequencies[0], 1.0):  # the first pair turns by one radian: this is no such table
+        return model
+    scalings = [model.spec.rope_scaling]
+    if model.scaling_from != "file":
+        scalings += [None, RopeScaling(factor=8.0), RopeScaling(factor=32.0)]
+    for scaling in scalings:
+        spec = replace(model.spec, rope_scaling=scaling)
+        if np.allclose(frequencies, rope_frequencies(spec), rtol=1e-3, atol=1e-9):
+            return replace(model, spec=spec, scaling_from="file")
+    raise FormatError(
+        f"{directory} was trained with another RoPE than it is told to have: its freqs_cis are not those of rope_theta "
+        f"{model.spec.rope_theta:g} and {model.spec.rope_scaling or 'no scaling'}",
+        path=directory,
+        hint="--model with a config.json that says its rope_theta and rope_scaling",
+    )
 
 
 def _is_other(name: str) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from reshard.commands.model_tokenizer import model_tokenizer
 from reshard.commands.open_model import load_model, what_it_is
+from reshard.commands.sources import RopeSaid
 from reshard.config import Config
 from reshard.errors import DataError
 from reshard.model.llama import cross_entropy_sum
@@ -27,6 +28,7 @@ def run(
     config_path: Path | None,
     flavor: str | None,
     tokenizer: str | None,
+    rope_scaling: RopeSaid | None = None,
     seq_len: int | None,
     sequences: int,
     batch_size: int,
@@ -37,7 +39,7 @@ def run(
     whole: nothing of it was trained on. Model and tokenizer come from the checkpoint, else from config_path or flavor.
     Raises FormatError where a bare .pt or foreign directory comes without a model; DataError, TensorMismatch.
     """
-    config, source = what_it_is(path, config_path, flavor)
+    config, source = what_it_is(path, config_path, flavor, rope_scaling)
     assert source.spec is not None
     names_it = config_path is not None and "tokenizer_path" in config.model.model_fields_set
     own = model_tokenizer(source, config, named=tokenizer, config_names_it=names_it)

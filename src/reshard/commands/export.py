@@ -10,7 +10,7 @@ from pathlib import Path
 from reshard.commands.convert import Options, convert, plan
 from reshard.commands.sources import open_source
 from reshard.commands.tokenizer_files import with_tokenizer
-from reshard.errors import ConfigError, FormatError, listed, nearest
+from reshard.errors import ConfigError, DataError, FormatError, listed, nearest
 from reshard.formats.hf import ASSETS, INDEX, SINGLE
 from reshard.formats.protocol import Source
 
@@ -33,16 +33,31 @@ def export(
     run, is replaced; otherwise it is an error. Raises ReshardErrors; what was written before the error stays.
     """
     check_exports(formats)
-    source = open_source(checkpoint)
+    folder = dump_folder / FOLDER / checkpoint.name
+    return export_source(open_source(checkpoint), folder, formats, dtype=dtype, overwrite=overwrite)
+
+
+def export_source(
+    source: Source, folder: Path, formats: Sequence[str], *, dtype: str | None = None, overwrite: bool = True
+) -> list[Path]:
+    """The same of an opened source, to `<folder>/<format>`."""
     written = []
     for to in formats:
-        folder = dump_folder / FOLDER / checkpoint.name / to
-        target, options = folder / _FILE[to] if to in _FILE else folder, Options(dtype=dtype)
-        if overwrite and folder.exists():
-            _set_aside(folder, source, target, to, options)
-        convert(source, target, to, options)
+        place = folder / to
+        target = place / _FILE[to] if to in _FILE else place
+        try:
+            _write(source, place, target, to, Options(dtype=dtype), overwrite=overwrite)
+        except DataError as error:  # a run that has ended cannot be asked: its model goes without the tokenizer
+            logger.warning("%s: %s; exporting without a tokenizer", target, error.message)
+            _write(source, place, target, to, Options(dtype=dtype, no_tokenizer=True), overwrite=overwrite)
         written.append(target)
     return written
+
+
+def _write(source: Source, folder: Path, target: Path, to: str, options: Options, *, overwrite: bool) -> None:
+    if overwrite and folder.exists():
+        _set_aside(folder, source, target, to, options)
+    convert(source, target, to, options)
 
 
 def check_exports(formats: Sequence[str]) -> None:
@@ -66,7 +81,8 @@ def _set_aside(folder: Path, source: Source, target: Path, to: str, options: Opt
     import shutil
 
     assert source.spec is not None, source.path
-    output = plan(with_tokenizer(source, source.spec, to, options.tokenizer), target, to, options)
+    prepared = with_tokenizer(source, source.spec, to, options.tokenizer, without=options.no_tokenizer)
+    output = plan(prepared, target, to, options)
     written = {
         _numberless(name) for name in (*(file.name for file in output.files), *output.beside, *_MAY_COME_WITH_IT)
     }

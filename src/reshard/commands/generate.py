@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reshard.commands.model_tokenizer import model_tokenizer
 from reshard.commands.open_model import load_model, what_it_is
+from reshard.commands.sources import RopeSaid
 from reshard.errors import ConfigError, DataError
 from reshard.model.llama import Block, Llama
 
@@ -23,6 +24,7 @@ def run(
     config_path: Path | None,
     flavor: str | None,
     tokenizer: str | None,
+    rope_scaling: RopeSaid | None = None,
     max_tokens: int,
     temperature: float,
     top_k: int,
@@ -33,7 +35,7 @@ def run(
 
     top_k: choose among so many of the likeliest only; 0: among all. Raises as eval does.
     """
-    config, source = what_it_is(path, config_path, flavor)
+    config, source = what_it_is(path, config_path, flavor, rope_scaling)
     assert source.spec is not None
     names_it = config_path is not None and "tokenizer_path" in config.model.model_fields_set
     known = model_tokenizer(source, config, named=tokenizer, config_names_it=names_it)

@@ -21,7 +21,7 @@ def run(path: Path, model: str | None = None) -> dict[str, Any]:
         from reshard.commands.sources import open_source
         from reshard.formats.describe import describe
 
-        return describe(open_source(path, model=model))
+        return describe(open_source(path, model=model, rope_matters=False))
     return inspect_folder.report(path) if _is_folder(path) else inspect_checkpoint.report(path)
 
 
@@ -43,7 +43,7 @@ def answer(
         from reshard.commands import inspect_tensor
         from reshard.commands.sources import open_source
 
-        found = inspect_tensor.run(path, tensor, lambda: open_source(path, model=model))
+        found = inspect_tensor.run(path, tensor, lambda: open_source(path, model=model, rope_matters=False))
         return found, inspect_tensor.text(found)
     report = run(path, model)
     if tree:

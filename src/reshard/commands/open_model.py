@@ -8,16 +8,19 @@ import torch
 
 from reshard.checkpoint.layout import is_foreign
 from reshard.checkpoint.manifest import MANIFEST, read_manifest
-from reshard.commands.sources import open_source
+from reshard.commands.sources import RopeSaid, open_source
 from reshard.config import Config, load_config
+from reshard.formats.dialects import Told
 from reshard.formats.protocol import Ledger, Source, read_rows
 from reshard.model.build import spec_of
 from reshard.model.llama import Llama
 from reshard.progress import progress_bar
 
 
-def what_it_is(path: Path, config_path: Path | None, model: str | None) -> tuple[Config, Source]:
-    """The config to read text with, and the weights. What a path does not say, config_path or model must.
+def what_it_is(
+    path: Path, config_path: Path | None, model: str | None, rope_scaling: RopeSaid | None = None
+) -> tuple[Config, Source]:
+    """The config to read text with, and the weights. What a path does not say, config_path, model and rope_scaling must.
 
     The config is config_path's, else the one that our own checkpoint keeps, else the defaults.
     Raises FormatError where a bare .pt or a foreign directory comes without a model, or where the two disagree.
@@ -29,8 +32,15 @@ def what_it_is(path: Path, config_path: Path | None, model: str | None) -> tuple
         manifest = read_manifest(path)
         if manifest.config:
             config = Config.model_validate(manifest.config, strict=True)
-    told = spec_of(config) if config_path is not None and model is None else model
-    return config, open_source(path, model=told)
+    told = _told_by(config) if config_path is not None and model is None else model
+    return config, open_source(path, model=told, rope_scaling=rope_scaling)
+
+
+def _told_by(config: Config) -> Told:
+    """The model of a config. Its flavor alone, as torchtitan's configs have it, does not say whether RoPE is scaled."""
+    if config.model.rope_scaling_factor is not None:
+        return Told(spec_of(config))
+    return Told(spec_of(config), scaling_from="flavor" if config.model.name == "llama3" else "release")
 
 
 def load_model(source: Source, seq_len: int) -> Llama:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from reshard.checkpoint.layout import METADATA, entries
 from reshard.checkpoint.manifest import MANIFEST
 from reshard.commands.dcp_source import open_dcp
 from reshard.errors import ConfigError, FormatError, listed
+from reshard.formats.dialects import Told
 from reshard.formats.gguf import open_gguf
-from reshard.formats.hf import INDEX, SINGLE, open_hf
+from reshard.formats.hf import BIN, BIN_INDEX, INDEX, SINGLE, is_complete, open_hf, say_others
 from reshard.formats.hf_config import CONFIG, read_json, spec_from_config
 from reshard.formats.meta import PARAMS, open_meta, spec_from_params
 from reshard.formats.protocol import Source
 from reshard.formats.torch_model import open_torch
-from reshard.model.spec import RELEASES, LlamaSpec, flavor
+from reshard.model.spec import RELEASES, LlamaSpec, flavor, scaling_of_release
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("dcp", "hf", "meta", "torch", "torchtune", "gguf")
 
@@ -38,6 +43,8 @@ def format_of(path: Path) -> str:
 def _format_of_directory(path: Path) -> str:
     if (path / MANIFEST).exists() or (path / METADATA).exists():
         return "dcp"
+    if is_complete(path):
+        return "hf"
     if (path / PARAMS).is_file():
         return "meta"
     if (path / INDEX).is_file() or (path / SINGLE).is_file() or list(path.glob("*.safetensors")):
@@ -47,6 +54,12 @@ def _format_of_directory(path: Path) -> str:
     single = single_file(path)
     if single is not None:
         return format_of(single)
+    if several := _weight_files(path):
+        raise FormatError(
+            f"`{path}` holds several files of weights: {listed(several)}",
+            path=path,
+            hint=f"name one: {path / several[0]}",
+        )
     if (path / CONFIG).is_file():
         return "hf"
     steps = [entry.path.name for entry in entries(path)]
@@ -66,41 +79,110 @@ def _format_of_directory(path: Path) -> str:
 
 
 def single_file(path: Path) -> Path | None:
-    """The one file of weights in a folder, such as a torchtune export's."""
-    found = sorted(p for p in path.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".gguf") and p.is_file())
-    return found[0] if len(found) == 1 and not found[0].name.startswith("consolidated") else None
+    """The one file of weights in a folder, such as a torchtune export's; of several, the one that transformers takes."""
+    if (path / BIN).is_file():
+        return path / BIN
+    found = _weight_files(path)
+    return path / found[0] if len(found) == 1 else None
 
 
-def open_source(path: Path, *, model: str | LlamaSpec | None = None, rope_factor: float | None = None) -> Source:
+def _weight_files(path: Path) -> list[str]:
+    """Files that may each hold a model; not those that only make one together."""
+    if (path / BIN_INDEX).is_file():
+        return []
+    found = sorted(p.name for p in path.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".gguf") and p.is_file())
+    return [] if any(name.startswith("consolidated") for name in found) else found
+
+
+RopeSaid = Literal["none", "llama3"]
+
+
+def open_source(
+    path: Path,
+    *,
+    model: str | LlamaSpec | Told | None = None,
+    rope_scaling: RopeSaid | None = None,
+    rope_factor: float | None = None,
+    rope_matters: bool = True,
+) -> Source:
     """Open any source. model: FLAVOR, NAME/FLAVOR, the path of a params.json or config.json, or the model itself.
 
+    rope_scaling: whether its RoPE is scaled, where nothing says it: a flavor's name does not say how torchtitan trained it.
+    rope_matters: False where only names, shapes and numbers are wanted; it is then not asked for.
     What the source says of itself and what it is told to be must agree. Raises ReshardErrors, each naming the file.
     """
     kind = format_of(path)
-    told_spec = named_spec(model) if isinstance(model, str) else model
+    said = _told(model)
+    if said is not None and rope_scaling is not None:
+        said = _with_scaling(said, rope_scaling, path, rope_factor)
+    if said is not None and not rope_matters:
+        said = replace(said, scaling_from="file")
     if path.is_dir() and kind in ("torch", "gguf"):
-        path = single_file(path) or path
+        file = single_file(path) or path
+        say_others(path, [file.name])
+        path = file
     if kind == "dcp":
-        source = open_dcp(path, told_spec)
+        source = open_dcp(path, said)
     elif kind == "meta":
-        source = open_meta(path)
+        source = open_meta(path, said)
     elif kind == "hf":
-        source = open_hf(path, told_spec)
+        source = open_hf(path, said)
     elif kind == "gguf":
-        source = open_gguf(path, told_spec)
+        source = open_gguf(path, said)
     else:
-        source = open_torch(path, told_spec)
+        source = open_torch(path, said)
     spec = source.spec
     assert spec is not None, path  # every opener refuses what does not say enough
-    if told_spec is not None and replace(told_spec, tied=spec.tied) != spec:
-        ours, theirs = told_spec.to_dict(), spec.to_dict()
-        wrong = [
-            f"{key}: {theirs[key]}, told {ours[key]}" for key in ours if ours[key] != theirs[key] and key != "tied"
-        ]
+    if said is not None:
+        _check_told(path, spec, said, ties=kind != "meta")
+    if rope_scaling is not None and (spec.rope_scaling is None) != (rope_scaling == "none"):
+        is_scaled = "is not scaled" if spec.rope_scaling is None else f"is scaled by {spec.rope_scaling.factor:g}"
+        raise FormatError(
+            f"{path} says of itself that its RoPE {is_scaled}, told {rope_scaling}",
+            path=path,
+            hint="leave out --rope-scaling",
+        )
+    return replace(source, spec=with_rope_factor(spec, rope_factor, path))
+
+
+def _told(model: str | LlamaSpec | Told | None) -> Told | None:
+    if isinstance(model, LlamaSpec):
+        return Told(model)
+    if not isinstance(model, str):
+        return model
+    file = _model_file(model)
+    if file is None:
+        is_scaled_release = "/" in model and not model.startswith("llama3/")
+        return Told(named_spec(model), scaling_from="release" if is_scaled_release else "flavor")
+    return Told(named_spec(model), says_tie="model_type" in read_json(file))
+
+
+def _with_scaling(said: Told, rope_scaling: RopeSaid, path: Path, factor: float | None) -> Told:
+    """What is told, with the RoPE that --rope-scaling says. Raises ConfigError where the factor is anybody's guess."""
+    if rope_scaling == "none":
+        return replace(said, spec=replace(said.spec, rope_scaling=None), scaling_from="file")
+    scaling = said.spec.rope_scaling or scaling_of_release(said.spec.dim)
+    if said.scaling_from == "flavor" and scaling.factor != 8 and factor is None and not (path / MANIFEST).exists():
+        raise ConfigError(
+            f"{path}: RoPE of this size is scaled by {scaling.factor:g} as released, and by 8 where torchtitan trains it",
+            hint=f"--rope-scaling-factor {scaling.factor:g} or --rope-scaling-factor 8; or --model with its config.json",
+        )
+    return replace(said, spec=replace(said.spec, rope_scaling=scaling), scaling_from="file")
+
+
+def _check_told(path: Path, spec: LlamaSpec, said: Told, *, ties: bool) -> None:
+    """Raises FormatError where the source is another model. ties: the source says itself whether it is tied.
+
+    Of Meta's files it is only seen in the numbers: equal matrices are no contradiction to a model that is untied.
+    """
+    ours, theirs = said.spec.to_dict(), spec.to_dict()
+    if not said.says_tie or (not ties and spec.tied):
+        ours["tied"] = theirs["tied"]
+    wrong = [f"{key}: {theirs[key]}, told {ours[key]}" for key in ours if ours[key] != theirs[key]]
+    if wrong:
         raise FormatError(
             f"{path} says of itself that it is another model: {listed(wrong)}", path=path, hint="leave out --model"
         )
-    return replace(source, spec=with_rope_factor(spec, rope_factor, path))
 
 
 def with_rope_factor(spec: LlamaSpec, factor: float | None, path: Path) -> LlamaSpec:
@@ -109,20 +191,30 @@ def with_rope_factor(spec: LlamaSpec, factor: float | None, path: Path) -> Llama
         return spec
     if spec.rope_scaling is None:
         raise ConfigError(f"{path}: its RoPE is not scaled, a factor of {factor:g} has no place", hint="leave it out")
+    if factor != spec.rope_scaling.factor:
+        logger.info("%s: its RoPE scaled by %g, as asked for, in place of %g", path, factor, spec.rope_scaling.factor)
     return replace(spec, rope_scaling=replace(spec.rope_scaling, factor=factor))
 
 
 def named_spec(model: str) -> LlamaSpec:
     """The model that `--model` names. Raises ConfigError, FormatError."""
-    path = Path(model)
-    if path.suffix == ".json" or path.is_dir():
-        for file in [path] if path.is_file() else [path / CONFIG, path / PARAMS]:
-            if file.is_file():
-                content = read_json(file)
-                return spec_from_config(content, file) if "model_type" in content else spec_from_params(file)
-        raise FormatError(f"`{model}` does not exist, expected a params.json or config.json", path=path)
+    file = _model_file(model)
+    if file is not None:
+        content = read_json(file)
+        return spec_from_config(content, file) if "model_type" in content else spec_from_params(file)
     name, slash, size = model.rpartition("/")
     if slash:
         return flavor(name, size)
     known = [n for n in RELEASES if model in RELEASES[n]]
     return flavor(known[0] if known else "llama3", model)
+
+
+def _model_file(model: str) -> Path | None:
+    """The params.json or config.json that `--model` names; None for a flavor. Raises FormatError where it is not there."""
+    path = Path(model)
+    if path.suffix != ".json" and not path.is_dir():
+        return None
+    for file in [path] if path.is_file() else [path / CONFIG, path / PARAMS]:
+        if file.is_file():
+            return file
+    raise FormatError(f"`{model}` does not exist, expected a params.json or config.json", path=path)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from reshard.checkpoint.manifest import MANIFEST, read_manifest
-from reshard.errors import DataError, FormatError, ReshardError
-from reshard.formats.gguf import asset_json
+from reshard.errors import DataError, FormatError, ReshardError, listed
+from reshard.formats.gguf_tokenizer import asset_json
 from reshard.formats.hf import ASSETS
-from reshard.formats.hf_config import context_length
+from reshard.formats.hf_config import GENERATION, LLAMA3_VOCAB, TOKEN_IDS, context_length, llama3_ids, token_ids
 from reshard.formats.protocol import Source
 from reshard.formats.tokenizer_json import byte_letters, from_ranks, llama3_specials, settings_of, tokenizer_json
 from reshard.model.spec import LlamaSpec
@@ -26,39 +26,71 @@ logger = logging.getLogger(__name__)
 
 Assets = dict[str, Path | bytes]
 _CONVERTED = ("hf", "gguf")  # formats that want a tokenizer.json
+_KEEPING = ("hf", "gguf", "meta")  # formats that take any tokenizer along
 
 
-def with_tokenizer(source: Source, spec: LlamaSpec, target: str, tokenizer: Path | None) -> Source:
+def with_tokenizer(
+    source: Source, spec: LlamaSpec, target: str, tokenizer: Path | None, *, without: bool = False
+) -> Source:
     """The source with the tokenizer files that the target format wants; as it is, and a warning, where there are none.
 
-    tokenizer: a tokenizer.model, a tokenizer.json or a folder with one; instead of the source's own.
-    Raises DataError for a tokenizer that is none.
+    tokenizer: a tokenizer.model, a tokenizer.json or a folder with one; instead of the source's own. without: none at all.
+    Raises DataError for a tokenizer that is none, and where the source has one that would be lost.
     """
     if target in ("dcp", "torch"):
         return source
     assets: Assets = dict(source.assets)
+    if without or tokenizer is not None:
+        assets = {n: c for n, c in assets.items() if "token" not in n and (n != "chat_template.jinja" or not without)}
     if tokenizer is not None:
-        assets = {**{n: c for n, c in assets.items() if "token" not in n}, **_files_at(tokenizer)}
-    elif not _has_tokenizer(assets):
+        assets |= _files_at(tokenizer)
+    elif not without and source.tokenizer_problem and target in _KEEPING:
+        raise DataError(
+            f"{source.tokenizer_problem}: it cannot be handed on",
+            path=source.path,
+            hint="--no-tokenizer goes on without one, --tokenizer takes another",
+        )
+    elif not without and not _has_tokenizer(assets):
         assets |= _of_run(source, spec)
     about = dict(source.about)
     if not _has_tokenizer(assets):
-        logger.warning("%s has no tokenizer: the export goes without one (--tokenizer gives it one)", source.path)
-        return replace(source, assets=assets)
+        if not without:
+            logger.warning("%s has no tokenizer: the export goes without one (--tokenizer gives it one)", source.path)
+        if spec.vocab_size == LLAMA3_VOCAB and not token_ids(about).keys() & {"bos_token_id", "eos_token_id"}:
+            logger.info("%s: taking the token ids of Llama 3's own tokenizer, which has as many", source.path)
+            about = {**llama3_ids(spec), **about}
+        return replace(source, assets=assets, about=about)
     if target in _CONVERTED and "tokenizer.json" not in assets:
-        assets |= _converted(assets["tokenizer.model"], spec)
+        assets |= _converted(assets["tokenizer.model"], spec, target)
     content = asset_json(assets, "tokenizer.json")
     if content is not None:
         bos, eos = _ends(content, assets)
         ids = _ids(content)
+        if about.get("eos_token_id") is None and eos == "<|end_of_text|>" and spec.vocab_size == LLAMA3_VOCAB:
+            about.setdefault("stop_token_ids", llama3_ids(spec)["stop_token_ids"])
         for key, token in (("bos_token_id", bos), ("eos_token_id", eos)):
             if about.get(key) is None and token is not None and token in ids:
                 about[key] = ids[token]
         if target == "hf" and "tokenizer_config.json" not in assets:
-            assets |= settings_of(bos, eos, context_length(spec, about))
+            assets |= settings_of({"bos_token": bos, "eos_token": eos}, context_length(spec, about))
     elif target == "torchtune" and "tokenizer.model" not in assets:
         logger.warning("torchtune wants Meta's tokenizer.model, %s has none", source.path)
     return replace(source, assets=assets, about=about)
+
+
+def say_left_out(source: Source, spec: LlamaSpec, target: str) -> None:
+    """One line for what others want to be told, and a format has no place for, or nobody knows."""
+    tokenizer = [n for n in source.assets if n != GENERATION] or source.tokenizer_problem
+    if target in ("hf", "gguf"):
+        unknown = [key for key in TOKEN_IDS[:2] if source.about.get(key) is None]
+        unknown += ["max_position_embeddings"] if target == "hf" and context_length(spec, source.about) is None else []
+        if unknown:
+            logger.info("%s does not say %s: left out", source.path, listed(unknown))
+        return
+    lost = ["tokenizer"] if target in ("dcp", "torch") and tokenizer else []
+    lost += [key for key in (*TOKEN_IDS, "context_length") if source.about.get(key) is not None]
+    if lost:
+        logger.info("%s: a %s export keeps no %s", source.path, target, listed(lost))
 
 
 def _has_tokenizer(assets: Mapping[str, Any]) -> bool:
@@ -110,8 +142,8 @@ def _of_run(source: Source, spec: LlamaSpec) -> Assets:
     return {"tokenizer.json": tokenizer_json(vocabulary, merges, special, tokenizer.bos_id)}
 
 
-def _converted(model: Path | bytes, spec: LlamaSpec) -> Assets:
-    """tokenizer.json from Meta's tokenizer.model; nothing, and a warning, for one that is not Llama 3's."""
+def _converted(model: Path | bytes, spec: LlamaSpec, target: str) -> Assets:
+    """tokenizer.json from Meta's tokenizer.model. Of one that is not Llama 3's nothing, and a warning; for a GGUF DataError."""
     from reshard.text.tokenizers import LLAMA3_SPECIALS, load_tokenizer
 
     if isinstance(model, bytes):
@@ -119,6 +151,12 @@ def _converted(model: Path | bytes, spec: LlamaSpec) -> Assets:
     try:
         load_tokenizer(str(model), vocab_size=spec.vocab_size, cache_folder=Path())
     except DataError as error:
+        if target == "gguf":
+            raise DataError(
+                f"{error.message}: it cannot be written into a GGUF yet",
+                path=model,
+                hint="--no-tokenizer goes on without one, --tokenizer takes another",
+            ) from None
         logger.warning("%s: carried along as it is, no tokenizer.json is made of it", error.message)
         return {}
     lines = (line.split() for line in model.read_bytes().splitlines())

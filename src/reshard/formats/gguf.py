@@ -7,7 +7,6 @@ Quantised files can be read, to float32, with the `gguf` library. Source: llama.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,12 +19,12 @@ from numpy.typing import NDArray
 
 from reshard.errors import FormatError, LayoutError, TensorMismatch, listed
 from reshard.formats.cast import cast, restored
-from reshard.formats.dialects import OUTPUT, check_shapes
+from reshard.formats.dialects import OUTPUT, Told, check_shapes
 from reshard.formats.gguf_file import PLAIN, GgufFile, Info, lay_out, read_gguf
-from reshard.formats.hf_config import context_length, token_ids
+from reshard.formats.gguf_tokenizer import read_tokenizer, tokenizer_values
+from reshard.formats.hf_config import context_length
 from reshard.formats.output import Copy, Output, whole
 from reshard.formats.protocol import ITEM_BYTES, Block, LazyTensor, Ledger, Region, Source, StoredTensor
-from reshard.formats.tokenizer_json import tokenizer_json
 from reshard.model.names import Dialect, canonical_names, foreign_name
 from reshard.model.spec import LlamaSpec, RopeScaling, parameter_shapes
 
@@ -53,7 +52,41 @@ GGUF = Dialect(
 )  # fmt: skip
 _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
 _DTYPE_OF_FILE = {number: dtype for dtype, number in _FILE_TYPES.items()}
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types
+_ANY = object()
+# llama.* keys that are read below, or that change no number; and the values of others that change none. All else is refused.
+_READ = (
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon",
+    "attention.value_length", "block_count", "context_length", "embedding_length", "feed_forward_length",
+    "rope.dimension_count", "rope.freq_base", "vocab_size",
+)  # fmt: skip
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(_READ, (_ANY,)),
+    "tensor_data_layout": (_ANY,),  # of a converter of 2023; llama.cpp reads it no more
+    "rope.scaling.original_context_length": (_ANY,),  # without a factor
+    "rope.scaling.finetuned": (_ANY,),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.factor": (0, 1),
+    "rope.scale_linear": (0, 1),
+    "rope.scaling.type": ("none", "linear"),  # by a factor that is 1, or not there
+    "attention.causal": (True,),
+    "attention.scale": (0,),
+    "embedding_scale": (0, 1),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "use_parallel_residual": (False,),
+}
+
+
+def rope_frequencies(spec: LlamaSpec) -> NDArray[np.float32]:
+    """By how much does each pair turn from one position to the next? (head_dim / 2,) radians, scaled as the spec says."""
+    factors = rope_factors(spec)
+    return _unscaled(spec) if factors is None else np.divide(_unscaled(spec), factors, dtype=np.float32)
+
+
+def _unscaled(spec: LlamaSpec) -> NDArray[np.float32]:
+    exponent = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
+    frequencies: NDArray[np.float32] = 1.0 / np.power(np.float32(spec.rope_theta), exponent, dtype=np.float32)
+    return frequencies
 
 
 def rope_factors(spec: LlamaSpec) -> NDArray[np.float32] | None:
@@ -61,10 +94,8 @@ def rope_factors(spec: LlamaSpec) -> NDArray[np.float32] | None:
     scaling = spec.rope_scaling
     if scaling is None:
         return None
-    exponent = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
-    frequencies = 1.0 / np.power(np.float32(spec.rope_theta), exponent, dtype=np.float32)
     factors = []
-    for frequency in frequencies.astype(float):
+    for frequency in _unscaled(spec).astype(float):
         wavelength = 2 * pi / frequency
         if wavelength < scaling.original_context / scaling.high_freq_factor:
             factors.append(1.0)
@@ -114,21 +145,23 @@ class Quantised:
         buffer[:] = numbers.view(np.uint8)
 
 
-def open_gguf(path: Path, model: LlamaSpec | None = None) -> Source:
-    """Which model lies in a GGUF file? Reads its header, and its norms.
+def open_gguf(path: Path, model: Told | None = None) -> Source:
+    """Which model lies in a GGUF file? Reads its header, and its norms. A whole file without output.weight is tied.
 
-    model: only for a file whose RoPE factors are of no release. Raises FormatError, TensorMismatch.
+    model: only for the scaling of a file whose RoPE factors are of no release. Raises FormatError, TensorMismatch.
     """
     file = read_gguf(path)
+    _check_whole(file)
     names = canonical_names([name.replace("blk.", "layers.") for name in file.tensors], GGUF, path=path)
     by_canonical = {ours: file.tensors[theirs.replace("layers.", "blk.")] for theirs, ours in names.items()}
-    spec = model or _spec(file, tied=OUTPUT not in by_canonical)
+    spec = _spec(file, tied=OUTPUT not in by_canonical, told=model.spec.rope_scaling if model else None)
     check_shapes(path, {name: info.shape for name, info in by_canonical.items()}, spec)
     main_dtype = _DTYPE_OF_FILE.get(file.values.get("general.file_type", -1), "float32")
     tensors: dict[str, LazyTensor] = {}
     for name in (*parameter_shapes(spec), *([OUTPUT] if spec.tied and OUTPUT in by_canonical else [])):
         tensor = _tensor(file, name, by_canonical[name])
         tensors[name] = restored(tensor, main_dtype) if len(tensor.shape) == 1 else tensor
+    tokenizer = read_tokenizer(file.values, path)
     return Source(
         path,
         spec,
@@ -139,9 +172,28 @@ def open_gguf(path: Path, model: LlamaSpec | None = None) -> Source:
             "path": path.name,
             "files": [{"name": path.name, "bytes": file.nbytes}],
         },
-        _assets(file),
-        _about(file),
+        tokenizer.assets,
+        tokenizer.about,
+        tokenizer.problem,
     )
+
+
+def _check_whole(file: GgufFile) -> None:
+    """Is this all of the model? The first part of a split file may lack nothing but output.weight, and look tied."""
+    path, count = file.path, file.values.get("split.count", 0)
+    if count not in (0, 1):
+        raise FormatError(
+            f"{path} is one of {count} files of a GGUF that is split (its split.no is {file.values.get('split.no')})",
+            path=path,
+            hint="put them together first: llama-gguf-split --merge FIRST_PART MERGED.gguf",
+        )
+    tensors = file.values.get("split.tensors.count", len(file.tensors))
+    if tensors != len(file.tensors):
+        raise FormatError(
+            f"{path} holds {len(file.tensors)} tensors of a GGUF that was split, expected {tensors}",
+            path=path,
+            hint="put its parts together: llama-gguf-split --merge FIRST_PART MERGED.gguf",
+        )
 
 
 def _tensor(file: GgufFile, name: str, info: Info) -> LazyTensor:
@@ -189,7 +241,7 @@ def _check_place(file: GgufFile, info: Info, nbytes: int) -> None:
         )
 
 
-def _spec(file: GgufFile, *, tied: bool) -> LlamaSpec:
+def _spec(file: GgufFile, *, tied: bool, told: RopeScaling | None) -> LlamaSpec:
     values, path = file.values, file.path
     architecture = values.get("general.architecture")
     if architecture != "llama":
@@ -207,9 +259,7 @@ def _spec(file: GgufFile, *, tied: bool) -> LlamaSpec:
             raise FormatError(f"{path}: llama.{key} is {value!r}, expected a positive number", path=path)
         return _short(value)
 
-    kind = values.get("llama.rope.scaling.type", "none")
-    if kind not in ("none", "llama3"):
-        raise FormatError(f"{path}: RoPE is scaled by {kind!r}, expected rope_freqs.weight or none", path=path)
+    _refuse_other_values(file)
     heads, dim = natural("attention.head_count"), natural("embedding_length")
     head_dim = natural("attention.key_length", dim // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -233,7 +283,26 @@ def _spec(file: GgufFile, *, tied: bool) -> LlamaSpec:
         )
     except LayoutError as error:
         raise FormatError(f"{path}: {error.message}", path=path) from None
-    return replace(spec, rope_scaling=_scaling(file, spec))
+    return replace(spec, rope_scaling=_scaling(file, spec, told))
+
+
+def _refuse_other_values(file: GgufFile) -> None:
+    """Raises FormatError for a value of the header that changes the arithmetic and is not kept here."""
+    for key, value in file.values.items():
+        name = key.removeprefix("llama.")
+        if name == key or (name.startswith("rope.scal") and file.values.get("llama.rope.scaling.type") == "none"):
+            continue  # llama.cpp scales nothing then, whatever the factor
+        plain = _WITHOUT_EFFECT.get(name, (0,))
+        if name == "rope.scaling.type" and ROPE_FREQS in file.tensors:
+            plain = (*plain, "llama3")
+        if _ANY in plain or (type(value) in (bool, int, float, str) and value in plain):
+            continue
+        what = "its RoPE is scaled" if name.startswith("rope.") else "which no plain Llama has"
+        raise FormatError(
+            f"{file.path}: {key} is {str(value)[:60]!r}: {what}, and it cannot be kept",
+            path=file.path,
+            hint=f"a key that changes no number can be taken out: gguf-new-metadata --remove-metadata {key} IN.gguf OUT.gguf",
+        )
 
 
 def _short(value: float) -> float:
@@ -241,7 +310,8 @@ def _short(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _scaling(file: GgufFile, spec: LlamaSpec) -> RopeScaling | None:
+def _scaling(file: GgufFile, spec: LlamaSpec, told: RopeScaling | None) -> RopeScaling | None:
+    """Which scaling gives the tensor of factors? The one that the file says, where we wrote it; else what the user says."""
     info = file.tensors.get(ROPE_FREQS)
     if info is None:
         return None
@@ -255,53 +325,18 @@ def _scaling(file: GgufFile, spec: LlamaSpec) -> RopeScaling | None:
     found = data.view(np.float32)
     said: list[Any] = [file.values.get(f"{_SCALING_KEYS}{key}") for key in ("factor", "low", "high", "original")]
     if all(type(value) is float and 0 < value < 1e9 for value in said):  # we wrote it
-        scaling = RopeScaling(_short(said[0]), _short(said[1]), _short(said[2]), int(said[3]))
+        scalings = [RopeScaling(_short(said[0]), _short(said[1]), _short(said[2]), int(said[3]))]
     else:  # the slowest frequencies are divided by the factor itself
-        scaling = RopeScaling(factor=_short(float(found.max())))
-    expected = rope_factors(replace(spec, rope_scaling=scaling))
-    if expected is None or not np.allclose(found, expected, rtol=1e-4):
-        raise FormatError(
-            f"{file.path}: {ROPE_FREQS} is not what Llama 3.1's scaling by {scaling.factor:g} gives",
-            path=file.path,
-            hint="--model with the model's config.json, if its scaling is another one",
-        )
-    return scaling
-
-
-def _about(file: GgufFile) -> dict[str, Any]:
-    about: dict[str, Any] = {}
-    for ours, theirs in (
-        ("context_length", "llama.context_length"),
-        ("bos_token_id", "tokenizer.ggml.bos_token_id"),
-        ("eos_token_id", "tokenizer.ggml.eos_token_id"),
-    ):
-        if type(file.values.get(theirs)) is int:
-            about[ours] = file.values[theirs]
-    return about
-
-
-def _assets(file: GgufFile) -> dict[str, Path | bytes]:
-    """The tokenizer as tokenizer.json, where it is a byte-level BPE."""
-    values = file.values
-    tokens, types = values.get("tokenizer.ggml.tokens"), values.get("tokenizer.ggml.token_type")
-    merges = values.get("tokenizer.ggml.merges")
-    if values.get("tokenizer.ggml.model") != "gpt2" or not tokens or not types or merges is None:
-        if tokens:
-            log.warning("%s: its tokenizer is not a byte-level BPE, it is left behind", file.path)
-        return {}
-    if values.get("tokenizer.ggml.pre") != "llama-bpe" or len(types) != len(tokens):
-        log.warning("%s: its tokenizer cuts text in a way that is not Llama 3's, it is left behind", file.path)
-        return {}
-    vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _NORMAL}
-    special = [(i, tokens[i], types[i]) for i in range(len(tokens)) if types[i] in (_CONTROL, _USER_DEFINED)]
-    assets: dict[str, Path | bytes] = {
-        "tokenizer.json": tokenizer_json(vocabulary, merges, [(i, text, kind == _CONTROL) for i, text, kind in special],
-                                         values.get("tokenizer.ggml.bos_token_id")),
-    }  # fmt: skip
-    template = values.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        assets["chat_template.jinja"] = template.encode()
-    return assets
+        scalings = [*([told] if told else []), RopeScaling(factor=_short(float(found.max())))]
+    for scaling in scalings:
+        expected = rope_factors(replace(spec, rope_scaling=scaling))
+        if expected is not None and np.allclose(found, expected, rtol=1e-4):
+            return scaling
+    raise FormatError(
+        f"{file.path}: {ROPE_FREQS} is not what Llama 3.1's scaling by {scalings[-1].factor:g} gives",
+        path=file.path,
+        hint="--model with the model's config.json, if its scaling is another one",
+    )
 
 
 # -- writing
@@ -339,7 +374,7 @@ def plan_gguf(
         "general.name": name or source.path.resolve().stem,
         "general.file_type": _FILE_TYPES[main],
         "general.quantization_version": 2,
-        "llama.context_length": context_length(spec, source.about),
+        "llama.context_length": _positions(source, spec),
         "llama.embedding_length": spec.dim,
         "llama.block_count": spec.n_layers,
         "llama.feed_forward_length": spec.ffn_dim,
@@ -352,7 +387,7 @@ def plan_gguf(
         "llama.rope.dimension_count": spec.head_dim,
         "llama.vocab_size": spec.vocab_size,
         **_scaling_values(spec),
-        **_tokenizer_values(source.assets if assets is None else assets, spec, source.about),
+        **tokenizer_values(source.assets if assets is None else assets, spec, source.about),
     }
     described = [(theirs, tensor.shape, tensor.dtype, tensor.nbytes) for theirs, tensor in tensors]
     out, offsets = lay_out(file, values, described)
@@ -360,6 +395,17 @@ def plan_gguf(
         Copy(tensor, (whole(file, offset, tensor),)) for (_, tensor), offset in zip(tensors, offsets, strict=True)
     )
     return Output("gguf", (out,), copies, alone=True)
+
+
+def _positions(source: Source, spec: LlamaSpec) -> int:
+    """The key that llama.cpp does not load a file without; said where it is not known."""
+    known = context_length(spec, source.about)
+    if known is not None:
+        return known
+    guess = 131072 if spec.rope_scaling is not None else 8192 if spec.rope_theta >= 500000.0 else 4096
+    log.warning("%s does not say for how many positions the model is: the GGUF file says %d, since it must say a number",
+                source.path, guess)  # fmt: skip
+    return guess
 
 
 def _scaling_values(spec: LlamaSpec) -> dict[str, float]:
@@ -399,81 +445,3 @@ class Constant:
     def fill(self, buffer: NDArray[np.uint8], start: int, stop: int, ledger: Ledger | None = None) -> None:
         """See LazyTensor."""
         buffer[:] = np.ascontiguousarray(self.values[start:stop]).reshape(-1).view(np.uint8)
-
-
-def _tokenizer_values(assets: Mapping[str, Path | bytes], spec: LlamaSpec, about: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer.ggml.* from a tokenizer.json; nothing where there is none that llama.cpp could use."""
-    content = asset_json(assets, "tokenizer.json")
-    if content is None:
-        return {}
-    model = content.get("model") or {}
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        log.warning(
-            "the tokenizer is not a byte-level BPE, the GGUF file goes without: llama.cpp cannot use it for text"
-        )
-        return {}
-    tokens = [f"[PAD{i}]" for i in range(spec.vocab_size)]
-    types = [_UNUSED] * spec.vocab_size
-    entries = [(i, token, _NORMAL) for token, i in model["vocab"].items()]
-    entries += [
-        (t["id"], t["content"], _CONTROL if t.get("special") else _USER_DEFINED)
-        for t in content.get("added_tokens") or []
-    ]
-    for i, token, kind in entries:
-        if i >= spec.vocab_size:
-            log.warning(
-                "the tokenizer has more tokens than the model's %d, the GGUF file goes without", spec.vocab_size
-            )
-            return {}
-        tokens[i], types[i] = token, kind
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
-    values: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _pre(content.get("pre_tokenizer")),
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": merges,
-    }
-    ids = token_ids(spec, about)
-    for key, name in (("bos_token_id", "tokenizer.ggml.bos_token_id"), ("eos_token_id", "tokenizer.ggml.eos_token_id")):
-        value = ids.get(key)
-        value = value[0] if isinstance(value, list) and value else value
-        if type(value) is int and 0 <= value < spec.vocab_size:
-            values[name] = value
-    if "tokenizer.ggml.bos_token_id" in values:
-        values["tokenizer.ggml.add_bos_token"] = True
-    template = assets.get("chat_template.jinja")
-    if template is not None:
-        values["tokenizer.chat_template"] = (
-            template if isinstance(template, bytes) else template.read_bytes()
-        ).decode()
-    else:
-        said = (asset_json(assets, "tokenizer_config.json") or {}).get("chat_template")
-        if isinstance(said, str):
-            values["tokenizer.chat_template"] = said
-    return values
-
-
-def _pre(pre_tokenizer: Any) -> str:
-    """llama.cpp's name for how the text is cut before bytes are merged."""
-    text = json.dumps(pre_tokenizer)
-    if r"\\p{N}{1,3}" in text:
-        return "llama-bpe"
-    if '"Split"' not in text and '"ByteLevel"' in text:
-        return "gpt-2"
-    log.warning("the tokenizer cuts text in a way that llama.cpp has no name for; its tokens there may differ")
-    return "default"
-
-
-def asset_json(assets: Mapping[str, Path | bytes], name: str) -> dict[str, Any] | None:
-    """A JSON file that travels with the weights. Raises FormatError where it is none."""
-    content = assets.get(name)
-    if content is None:
-        return None
-    try:
-        data = json.loads(content if isinstance(content, bytes) else content.read_bytes())
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{name} is not JSON: {error}", path=name) from None
-    if not isinstance(data, dict):
-        raise FormatError(f"{name} holds a {type(data).__name__}, expected a JSON object", path=name)
-    return data

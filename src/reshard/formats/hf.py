@@ -8,19 +8,21 @@ Sources: safetensors' README; transformers' modeling_llama.py and modeling_utils
 from __future__ import annotations
 
 import json
+import logging
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from reshard.errors import FormatError, TensorMismatch, listed
 from reshard.formats.cast import cast
-from reshard.formats.dialects import OUTPUT, canonical_tensors, told
+from reshard.formats.dialects import OUTPUT, Told, canonical_tensors, no_output, told
 from reshard.formats.hf_config import (
     CONFIG,
     GENERATION,
+    TOKEN_IDS,
     as_json,
     config_of,
     generation_config_of,
@@ -34,12 +36,18 @@ from reshard.formats.safetensors import DTYPES, open_safetensors
 from reshard.model.names import HUGGING_FACE, foreign_name
 from reshard.model.spec import LlamaSpec, parameter_shapes
 
+log = logging.getLogger(__name__)
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DEFAULT_SHARD_BYTES = 5 * 10**9
 ASSETS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", GENERATION, "original/tokenizer.model",
 )  # fmt: skip
+_ADAPTER = "adapter_config.json"
+_SLOW_TOKENIZER = ("vocab.json", "merges.txt", "spiece.model")  # what older tokenizers have in place of tokenizer.json
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated*.pth", "*.gguf")
 _NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
 _NAMES = {torch_name: name for name, torch_name in DTYPES.items()}
 
@@ -47,24 +55,22 @@ _NAMES = {torch_name: name for name, torch_name in DTYPES.items()}
 # -- reading
 
 
-def open_hf(path: Path, model: LlamaSpec | None = None) -> Source:
+def open_hf(path: Path, model: Told | None = None) -> Source:
     """Which model lies in a Hugging Face directory, or in one .safetensors file with its config.json beside it?
 
-    model: what it is said to be, for a file without config.json. Reads headers only.
-    Raises FormatError, TensorMismatch naming file and tensor.
+    model: what it is said to be, for a file without config.json. Reads headers only. Of several models in a directory
+    the one is taken that transformers takes. Raises FormatError, TensorMismatch naming file and tensor.
     """
     directory = path if path.is_dir() else path.parent
     config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else None
-    spec = spec_from_config(config, directory / CONFIG) if config is not None else told(path, model)
+    _refuse_adapter(path)
+    said = Told(spec_from_config(config, directory / CONFIG)) if config is not None else told(path, model)
     files, found = _stored(path) if path.is_dir() else ([path], open_safetensors(path))
-    if config is not None and not spec.tied and foreign_name(OUTPUT, HUGGING_FACE) not in found:
-        raise TensorMismatch(
-            f"{path} has no lm_head.weight, and {CONFIG} does not say that it is tied to the embedding",
-            path=path,
-            missing=["lm_head.weight"],
-            hint=f'a tied model says "tie_word_embeddings": true in its {CONFIG}',
-        )
-    tensors, spec = canonical_tensors(found, path, spec)
+    if config is not None and not said.spec.tied and foreign_name(OUTPUT, HUGGING_FACE) not in found:
+        raise _no_head(path, config)
+    tensors, spec = canonical_tensors(found, path, said)
+    if path.is_dir():
+        say_others(path, [file.name for file in files])
     return Source(
         path,
         spec,
@@ -75,16 +81,55 @@ def open_hf(path: Path, model: LlamaSpec | None = None) -> Source:
             "path": path.resolve().name,
             "files": [{"name": file.name, "bytes": file.stat().st_size} for file in files],
         },
-        _assets(directory),
-        _about(config or {}, directory),
+        assets_beside(directory),
+        about_of(config or {}),
+        _tokenizer_problem(directory),
     )
+
+
+def _refuse_adapter(path: Path) -> None:
+    """transformers puts an adapter on top of the model beside it: the model alone would be another one."""
+    if path.is_dir() and (path / _ADAPTER).is_file():
+        whole = (path / SINGLE).is_file()
+        raise FormatError(
+            f"{path} holds an adapter (LoRA or the like; {_ADAPTER}), which is no model of its own",
+            path=path / _ADAPTER,
+            hint="merge it into its base with peft's merge_and_unload() and save_pretrained()"
+            + (f"; for the model without the adapter, name the file: {path / SINGLE}" if whole else ""),
+        )
+
+
+def _no_head(path: Path, config: Mapping[str, Any]) -> TensorMismatch:
+    kinds = config.get("architectures")
+    why, hint = f" in {CONFIG}", f'a tied model says "tie_word_embeddings": true in its {CONFIG}'
+    if isinstance(kinds, list) and kinds and "LlamaForCausalLM" not in kinds:
+        why = f": its {CONFIG} says architectures {listed(map(str, kinds))}, which is no LlamaForCausalLM"
+        hint = "this model has no output projection for text; use the LlamaForCausalLM that it was made from"
+    return no_output(path, foreign_name(OUTPUT, HUGGING_FACE), why=why, hint=hint)
+
+
+def is_complete(directory: Path) -> bool:
+    """Is there a config.json with a whole file of weights, or with an index and all files that it names?"""
+    if not (directory / CONFIG).is_file() or (directory / SINGLE).is_file():
+        return (directory / CONFIG).is_file()
+    if not (directory / INDEX).is_file():
+        return False
+    files = read_json(directory / INDEX).get("weight_map")
+    return isinstance(files, dict) and all((directory / str(file)).is_file() for file in set(map(str, files.values())))
+
+
+def say_others(directory: Path, taken: Sequence[str]) -> None:
+    """One line where a folder holds other weights beside those that are read."""
+    found = {file.name for pattern in _WEIGHTS for file in directory.glob(pattern)}
+    if left := sorted(found - set(taken)):
+        log.warning("%s: reading %s, as transformers does; it also has %s", directory, listed(taken), listed(left))
 
 
 def _stored(directory: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
     """Every file of weights, and every tensor in them, against the index."""
     index = directory / INDEX
     single = directory / SINGLE
-    if index.is_file():
+    if index.is_file() and not (single.is_file() and _names_others(index)):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
             type(name) is str and type(file) is str and Path(file).name == file for name, file in weight_map.items()
@@ -128,25 +173,42 @@ def _stored(directory: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
             path=index,
             hint=f"download {INDEX}, or name one file",
         )
-    other = sorted(p.name for p in directory.glob("pytorch_model*.bin"))
-    raise FormatError(
-        f"{directory} has no {SINGLE} and no {INDEX}",
-        path=directory,
-        hint=f"{other[0]} is the older format: name the file itself, if it is the only one"
-        if other
-        else "download the weights",
-    )
+    if (directory / BIN_INDEX).is_file():
+        raise FormatError(
+            f"{directory} has its weights in several files of the older format ({BIN_INDEX}), which cannot be read yet",
+            path=directory / BIN_INDEX,
+            hint="save it again with transformers: from_pretrained(...).save_pretrained(...), which writes safetensors",
+        )
+    raise FormatError(f"{directory} has no {SINGLE} and no {INDEX}", path=directory, hint="download the weights")
 
 
-def _assets(directory: Path) -> dict[str, Path | bytes]:
+def _names_others(index: Path) -> bool:
+    """Does the index belong to other files than model.safetensors? Of both, transformers takes the one file."""
+    weight_map = read_json(index).get("weight_map")
+    return not isinstance(weight_map, dict) or set(map(str, weight_map.values())) != {SINGLE}
+
+
+def assets_beside(directory: Path) -> dict[str, Path | bytes]:
+    """The tokenizer's files, and generation_config.json."""
     return {Path(name).name: directory / name for name in reversed(ASSETS) if (directory / name).is_file()}
 
 
-def _about(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    about = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
+def about_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says beside the arithmetic."""
+    about = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
     if type(config.get("max_position_embeddings")) is int:
         about["context_length"] = config["max_position_embeddings"]
     return about
+
+
+def _tokenizer_problem(directory: Path) -> str:
+    """Which part of the tokenizer lies in files that are not handed on?"""
+    slow = [name for name in _SLOW_TOKENIZER if (directory / name).is_file()]
+    if slow and not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return f"{directory}: its tokenizer is {listed(slow)}, without a tokenizer.json"
+    if list(directory.glob("additional_chat_templates/*.jinja")):
+        return f"{directory}: it has additional_chat_templates, which are not handed on yet"
+    return ""
 
 
 # -- writing

@@ -13,16 +13,40 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import ConfigError, FormatError, LayoutError, listed
-from reshard.model.spec import LlamaSpec, RopeScaling
+from reshard.model.spec import LlamaSpec, RopeScaling, release_context
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LLAMA3_VOCAB = 128256
-_PLAIN: dict[str, tuple[Any, ...]] = {  # what would change the arithmetic, and the values that do not
+_PLAIN: dict[str, tuple[Any, ...]] = {  # what would change the arithmetic, and the values that do not (nor does null)
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "quantization_config": (),
+    "partial_rotary_factor": (1,),
+    "sliding_window": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "attention_multiplier": (),
+    "clip_qkv": (),
+    "embedding_multiplier": (1,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "residual_multiplier": (1,),
+    "num_experts": (0,),
+    "num_local_experts": (0, 1),
+    "qk_layernorm": (False,),
+    "qk_norm": (False,),
+    "use_qk_norm": (False,),
+    "is_causal": (True,),
 }
+_ROPE_PLAIN: dict[str, tuple[Any, ...]] = {  # the same, inside of rope_scaling and rope_parameters
+    "partial_rotary_factor": (1,),
+    "attention_factor": (1,),
+    "mscale": (1,),
+    "mscale_all_dim": (1,),
+}
+_ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -44,11 +68,13 @@ def spec_from_config(config: Mapping[str, Any], path: Path) -> LlamaSpec:
     if kind != "llama":
         raise FormatError(f"{path} is of model_type {kind!r}, expected 'llama'", path=path)
     for key, plain in _PLAIN.items():
-        if key in config and config[key] is not None and config[key] not in plain:
-            hint = "quantised weights cannot be kept, use the bf16 release" if key == "quantization_config" else None
-            raise FormatError(
-                f"{path}: {key} is {str(config[key])[:60]}, which no plain Llama has", path=path, hint=hint
-            )
+        if config.get(key) is None or _is_one_of(config[key], plain) or _is_switched_off(config, key):
+            continue
+        hint = "quantised weights cannot be kept, use the bf16 release" if key == "quantization_config" else None
+        raise FormatError(f"{path}: {key} is {str(config[key])[:60]}, which no plain Llama has", path=path, hint=hint)
+    if type(config.get("tie_word_embeddings")) not in (bool, type(None)):
+        got = str(config["tie_word_embeddings"])[:60]
+        raise FormatError(f"{path}: tie_word_embeddings is {got!r}, expected true or false", path=path)
     sizes = {
         "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
         "ffn_dim": "intermediate_size", "vocab_size": "vocab_size",
@@ -78,46 +104,104 @@ def spec_from_config(config: Mapping[str, Any], path: Path) -> LlamaSpec:
         raise FormatError(f"{path}: {error.message}", path=path) from None
 
 
+def _is_one_of(value: Any, plain: tuple[Any, ...]) -> bool:
+    return type(value) in (bool, int, float, str) and value in plain
+
+
+def _is_switched_off(config: Mapping[str, Any], key: str) -> bool:
+    """A window of attention that is not used, or that no text of the model's length leaves."""
+    if key != "sliding_window":
+        return False
+    window, positions = config[key], config.get("max_position_embeddings")
+    never_left = type(window) is int and type(positions) is int and window >= positions
+    return never_left or config.get("use_sliding_window") is False
+
+
 def _rope(config: Mapping[str, Any], path: Path) -> tuple[Any, RopeScaling | None]:
-    new, old = config.get("rope_parameters"), config.get("rope_scaling")
-    said = new if new is not None else old
-    if said is not None and not isinstance(said, dict):
-        raise FormatError(f"{path}: its RoPE is {str(said)[:60]!r}, expected an object", path=path)
-    said = said or {}
-    theta = config.get("rope_theta", said.get("rope_theta", 10000.0))
-    kind = said.get("rope_type", said.get("type", "default"))
-    if kind in (None, "default"):
+    """Theta, and the scaling. transformers 4 wrote rope_theta and rope_scaling, transformers 5 writes rope_parameters."""
+    said = [_rope_object(config, key, path) for key in ("rope_parameters", "rope_scaling")]
+    if said[0] and said[1] and any(said[0][key] != said[1][key] for key in said[0].keys() & said[1].keys()):
+        raise FormatError(f"{path}: rope_parameters and rope_scaling contradict each other", path=path)
+    rope = said[0] | said[1]
+    outside = config.get("rope_theta", 10000.0)
+    theta = rope.get("rope_theta", outside)
+    if config.get("rope_theta") is not None and theta != outside:
+        raise FormatError(f"{path}: rope_theta is {outside!r}, and {theta!r} in its RoPE", path=path)
+    kind = rope.get("rope_type", "default")
+    if kind == "linear" and rope.get("factor") == 1:
+        kind, rope = "default", {key: value for key, value in rope.items() if key != "factor"}
+    if kind not in ("default", "llama3"):
+        raise FormatError(
+            f"{path}: RoPE is scaled by {str(kind)[:60]!r}, expected 'llama3' or none",
+            path=path,
+            hint="no other scaling can be kept yet",
+        )
+    _refuse_other_rope(rope, kind, config, path)
+    if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise FormatError(f"{path}: RoPE is scaled by {kind!r}, expected 'llama3' or none", path=path)
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    for key in keys:
-        if not (type(said.get(key)) in (int, float) and 0 < said[key] < float("inf")):
-            raise FormatError(f"{path}: RoPE's {key} is {said.get(key)!r}, expected a positive number", path=path)
-    factor, low, high, original = (said[key] for key in keys)
+    for key in _ROPE_NUMBERS:
+        if not (type(rope.get(key)) in (int, float) and 0 < rope[key] < float("inf")):
+            raise FormatError(f"{path}: RoPE's {key} is {rope.get(key)!r}, expected a positive number", path=path)
+    factor, low, high, original = (rope[key] for key in _ROPE_NUMBERS)
+    if original != int(original):
+        raise FormatError(f"{path}: RoPE's {_ROPE_NUMBERS[3]} is {original!r}, expected a whole number", path=path)
     return theta, RopeScaling(float(factor), float(low), float(high), int(original))
 
 
-def context_length(spec: LlamaSpec, about: Mapping[str, Any]) -> int:
-    """How many positions is the model meant for? What the source says, else as the releases of its kind."""
-    if type(about.get("context_length")) is int:
-        return int(about["context_length"])
-    if spec.rope_scaling is not None:
-        return 131072
-    return 8192 if spec.rope_theta >= 500000.0 else 4096
+def _rope_object(config: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """What rope_scaling or rope_parameters says, its type under one name, without what is null."""
+    said = config.get(key)
+    if said is not None and not isinstance(said, dict):
+        raise FormatError(f"{path}: {key} is {str(said)[:60]!r}, expected an object", path=path)
+    rope = {name: value for name, value in (said or {}).items() if value is not None}
+    if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
+        raise FormatError(
+            f"{path}: {key} has a RoPE for {listed(nested)} alone, expected one for all layers", path=path
+        )
+    old = rope.pop("type", None)
+    if old is not None:
+        rope.setdefault("rope_type", old)
+    return rope
 
 
-def token_ids(spec: LlamaSpec, about: Mapping[str, Any]) -> dict[str, Any]:
-    """bos_token_id and eos_token_id, where they are known; those of Llama 3 for a vocabulary of its size."""
-    known = {key: about.get(key) for key in ("bos_token_id", "eos_token_id")}
-    if spec.vocab_size == LLAMA3_VOCAB and about.get("eos_token_id") is None:
-        known = {"bos_token_id": 128000, "eos_token_id": 128001}
-    return known
+def _refuse_other_rope(rope: Mapping[str, Any], kind: str, config: Mapping[str, Any], path: Path) -> None:
+    """Raises FormatError for what would be lost: a number that belongs to no scaling, or to another one."""
+    known = {"rope_type", "rope_theta", _ROPE_NUMBERS[3], *(_ROPE_NUMBERS if kind == "llama3" else ())}
+    for key, value in rope.items():
+        if key not in known and not _is_one_of(value, _ROPE_PLAIN.get(key, (1,) if key == "factor" else ())):
+            raise FormatError(
+                f"{path}: RoPE's {key} is {str(value)[:60]}, which {'no unscaled RoPE' if kind == 'default' else kind} has",
+                path=path,
+                hint=f'if RoPE is scaled, its rope_type has to be said; if not, take "{key}" out',
+            )
+    outside = config.get(_ROPE_NUMBERS[3])
+    if kind == "llama3" and outside is not None and outside != rope.get(_ROPE_NUMBERS[3]):
+        raise FormatError(
+            f"{path}: {_ROPE_NUMBERS[3]} is {outside!r}, and {rope.get(_ROPE_NUMBERS[3])!r} in its RoPE", path=path
+        )
+
+
+def context_length(spec: LlamaSpec, about: Mapping[str, Any]) -> int | None:
+    """How many positions is the model meant for? What the source says, else as its release. None: not known."""
+    said = about.get("context_length")
+    return said if type(said) is int else release_context(spec)
+
+
+def token_ids(about: Mapping[str, Any]) -> dict[str, Any]:
+    """bos_token_id, eos_token_id and pad_token_id: those that are known."""
+    return {key: about[key] for key in TOKEN_IDS if about.get(key) is not None}
+
+
+def llama3_ids(spec: LlamaSpec) -> dict[str, Any]:
+    """The ids of Llama 3's own tokenizer. Base and instruct models end a text differently: either may be meant."""
+    stops = [128001, 128008, 128009] if spec.rope_scaling else [128001, 128009]
+    return {"bos_token_id": 128000, "eos_token_id": 128001, "stop_token_ids": stops}
 
 
 def config_of(spec: LlamaSpec, dtype: str, about: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json for a model; dtype as torch names it."""
+    """config.json for a model; dtype as torch names it. What is not known is left out: null would be an answer."""
     scaling = None
+    positions = context_length(spec, about)
     if spec.rope_scaling is not None:
         scaling = {
             "rope_type": "llama3",
@@ -130,13 +214,13 @@ def config_of(spec: LlamaSpec, dtype: str, about: Mapping[str, Any]) -> dict[str
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
-        **token_ids(spec, about),
+        **token_ids(about),
         "head_dim": spec.head_dim,
         "hidden_act": "silu",
         "hidden_size": spec.dim,
         "initializer_range": 0.02,
         "intermediate_size": spec.ffn_dim,
-        "max_position_embeddings": context_length(spec, about),
+        **({} if positions is None else {"max_position_embeddings": positions}),
         "mlp_bias": False,
         "model_type": "llama",
         "num_attention_heads": spec.n_heads,
@@ -154,12 +238,16 @@ def config_of(spec: LlamaSpec, dtype: str, about: Mapping[str, Any]) -> dict[str
 
 
 def generation_config_of(spec: LlamaSpec, about: Mapping[str, Any]) -> dict[str, Any]:
-    """generation_config.json: where to stop, and for Llama 3 how to sample as its releases do."""
-    ids = token_ids(spec, about)
+    """generation_config.json: where to stop, and for Llama 3 how to sample as its releases do.
+
+    Where no token is known it says that it only repeats config.json, as transformers' own does: what a user writes there
+    later is then not overruled.
+    """
+    ids = token_ids(about)
+    if about.get("stop_token_ids"):
+        ids["eos_token_id"] = about["stop_token_ids"]
     if spec.vocab_size != LLAMA3_VOCAB:
-        return ids
-    if about.get("eos_token_id") in (None, 128001):  # base and instruct models end differently: either may be meant
-        ids["eos_token_id"] = [128001, 128008, 128009] if spec.rope_scaling else [128001, 128009]
+        return ids or {"_from_model_config": True}
     return {**ids, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
 
 

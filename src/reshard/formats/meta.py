@@ -22,10 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reshard.errors import ConfigError, FormatError, LayoutError, TensorMismatch, listed
+from reshard.formats.dialects import Told, no_output
 from reshard.formats.protocol import WEIGHT_DTYPES, Block, Source, StoredTensor, same_bytes
 from reshard.formats.torch_pt import PtFile, open_pt
 from reshard.model.names import LAYER, META, canonical_names, row_of
-from reshard.model.spec import LlamaSpec, ffn_dim_from_params, parameter_shapes, scaling_of_release
+from reshard.model.spec import (
+    LlamaSpec,
+    ffn_dim_from_params,
+    parameter_shapes,
+    release_is_tied,
+    scaling_of_release,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +54,10 @@ _USED = {
 _WITHOUT_EFFECT = {"max_seq_len", "max_batch_size", "model_parallel_size"}
 
 
-def open_meta(path: Path | str) -> Source:
+def open_meta(path: Path | str, model: Told | None = None) -> Source:
     """Which model lies in a Meta directory? `path` holds params.json and the shards, or has them in `original/`.
 
+    model: whether it is tied, where the files have no output: params.json cannot say it. Meta's own files have one.
     Reads every file's index, the norms, and the start of the KV heads. The tensors keep the files' dtypes.
     Raises FormatError or TensorMismatch naming the file or tensor: no params.json, a shard missing, extra or of another
     release, shapes against params.json, tensors that should be equal in all files and are not, unknown names, quantised
@@ -65,6 +73,8 @@ def open_meta(path: Path | str) -> Source:
     spec, repeats = _spec(shards, parts, params, directory / PARAMS)
     tensors = _whole(shards, parts, spec, repeats)
     output = tensors.get(_OUTPUT)
+    if output is None and not (model.spec.tied if model and model.says_tie else release_is_tied(spec)):
+        raise no_output(directory)
     if output is None or same_bytes(tensors[_EMBEDDING], output):
         spec = replace(spec, tied=True)
     provenance = {

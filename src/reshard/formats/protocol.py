@@ -76,7 +76,9 @@ class Source:
     tensors: canonical name -> tensor. A tied model may have `output.weight` or not.
     provenance: for the manifest, plain JSON values.
     assets: tokenizer and other small files that belong to the model: name -> the file, or its content.
-    about: what others want to be told beside the arithmetic: context_length, bos_token_id, eos_token_id.
+    about: what others want to be told beside the arithmetic, as far as it is known: context_length, bos_token_id,
+        eos_token_id, pad_token_id, stop_token_ids (a list: all tokens that end a text).
+    tokenizer_problem: why its tokenizer cannot be handed on, where it has one that is not in `assets`.
     """
 
     path: Path
@@ -85,6 +87,7 @@ class Source:
     provenance: dict[str, Any]
     assets: Mapping[str, Path | bytes] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer_problem: str = ""
 
 
 @dataclass(frozen=True)

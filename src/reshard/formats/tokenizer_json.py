@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from reshard.formats.hf_config import as_json
 
@@ -67,20 +68,31 @@ def from_ranks(ranks: Mapping[bytes, int], special: Sequence[Special], bos_id: i
 
 
 def tokenizer_json(
-    vocabulary: Mapping[str, int], merges: Sequence[str], special: Sequence[Special], bos_id: int | None
+    vocabulary: Mapping[str, int],
+    merges: Sequence[str],
+    special: Sequence[Special],
+    bos_id: int | None,
+    eos_id: int | None = None,
 ) -> bytes:
-    """A tokenizer.json that cuts text as Llama 3 does and begins every text with bos, where there is one."""
-    bos = next((text for i, text, _ in special if i == bos_id), None)
+    """A tokenizer.json that cuts text as Llama 3 does; every text begins with bos and ends with eos, where they are given."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     processor = None
-    if bos is not None:
-        begin, again = ({"SpecialToken": {"id": bos, "type_id": i}} for i in (0, 1))
-        first, second = ({"Sequence": {"id": "AB"[i], "type_id": i}} for i in (0, 1))
+    texts = {i: text for i, text, _ in special}
+    bos_id, eos_id = (i if i in texts else None for i in (bos_id, eos_id))
+    if bos_id is not None or eos_id is not None:
+        added = {texts[i]: i for i in (bos_id, eos_id) if i is not None}
+        parts = []
+        for i in (0, 1):
+            before, after = (
+                [{"SpecialToken": {"id": texts[token], "type_id": i}}] if token is not None else []
+                for token in (bos_id, eos_id)
+            )
+            parts.append([*before, {"Sequence": {"id": "AB"[i], "type_id": i}}, *after])
         processor = {
             "type": "TemplateProcessing",
-            "single": [begin, first],
-            "pair": [begin, first, again, second],
-            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+            "single": parts[0],
+            "pair": [*parts[0], *parts[1]],
+            "special_tokens": {text: {"id": text, "ids": [i], "tokens": [text]} for text, i in added.items()},
         }
     content = {
         "version": "1.0",
@@ -112,18 +124,31 @@ def tokenizer_json(
     return (json.dumps(content, ensure_ascii=False) + "\n").encode("utf-8", "surrogateescape")
 
 
-def settings_of(bos: str | None, eos: str | None, context_length: int) -> dict[str, bytes]:
-    """The two small files that AutoTokenizer wants beside tokenizer.json."""
-    named = {key: token for key, token in (("bos_token", bos), ("eos_token", eos)) if token is not None}
+def settings_of(
+    named: Mapping[str, str | None],
+    context_length: int | None,
+    templates: Mapping[str, str] | None = None,
+) -> dict[str, bytes]:
+    """The two small files that AutoTokenizer wants beside tokenizer.json; what is not known is left out.
+
+    named: bos_token, eos_token, ... -> the token. templates: chat templates by name, the first one called "default".
+    """
+    tokens = {key: token for key, token in named.items() if token is not None}
+    chat: dict[str, Any] = {}
+    if templates:
+        several = [{"name": name, "template": template} for name, template in templates.items()]
+        chat = {"chat_template": templates["default"] if list(templates) == ["default"] else several}
+    length = {} if context_length is None else {"model_max_length": context_length}
     return {
         "tokenizer_config.json": as_json(
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
-                **named,
+                **tokens,
+                **chat,
                 "clean_up_tokenization_spaces": False,
                 "model_input_names": ["input_ids", "attention_mask"],
-                "model_max_length": context_length,
+                **length,
             }
         ),
-        "special_tokens_map.json": as_json(named),
+        "special_tokens_map.json": as_json(tokens),
     }

@@ -10,31 +10,56 @@ from pathlib import Path
 
 from reshard.errors import TensorMismatch
 from reshard.formats.cast import cast
-from reshard.formats.dialects import EMBEDDING, OUTPUT, canonical_tensors, dialect_of, told
+from reshard.formats.dialects import (
+    EMBEDDING,
+    OUTPUT,
+    Told,
+    canonical_tensors,
+    check_scaling_is_said,
+    dialect_of,
+    told,
+)
+from reshard.formats.hf import about_of, assets_beside
+from reshard.formats.hf_config import CONFIG, read_json, spec_from_config
 from reshard.formats.output import Copy, Output, whole
 from reshard.formats.protocol import Source
 from reshard.formats.torch_pt import open_pt
 from reshard.formats.torch_save import Saved, lay_out
-from reshard.model.names import META, Dialect, canonical_names, foreign_name
+from reshard.model.names import HUGGING_FACE, META, Dialect, canonical_names, foreign_name
 from reshard.model.spec import LlamaSpec, parameter_shapes
 
+# Beside {"model": ...} in what dcp_to_torch makes of a full checkpoint.
+_OF_TRAINING = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
 
-def open_torch(path: Path, model: LlamaSpec | None) -> Source:
-    """The model in a .pt, .pth or .bin. Raises FormatError (nobody says which model it is; not such a file), TensorMismatch."""
+
+def open_torch(path: Path, model: Told | None) -> Source:
+    """The model in a .pt, .pth or .bin; of one under Hugging Face's names the config.json beside it says which it is.
+
+    Raises FormatError (nobody says which model it is; not such a file), TensorMismatch.
+    """
     file = open_pt(path)
-    spec = told(path, model)
+    config = None
+    if dialect_of(file.tensors) is HUGGING_FACE and (path.parent / CONFIG).is_file():
+        config = read_json(path.parent / CONFIG)
+        said = Told(spec_from_config(config, path.parent / CONFIG))
+    else:
+        said = told(path, model)
+    if _OF_TRAINING & set(file.beside):
+        check_scaling_is_said(path, said, trained=True)
     if file.others:
         canonical_names(
             [*file.tensors, *file.others], dialect_of(file.tensors), path=path
         )  # no weight is anything else
         raise TensorMismatch(f"{path} holds what is no tensor", path=path, unexpected=list(file.others))
-    tensors, spec = canonical_tensors(file.tensors, path, spec)
+    tensors, spec = canonical_tensors(file.tensors, path, said)
     provenance = {
         "kind": "import",
         "format": "torch",
         "path": path.name,
         "files": [{"name": path.name, "bytes": file.nbytes}],
     }
+    if config is not None:
+        return Source(path, spec, tensors, provenance, assets_beside(path.parent), about_of(config))
     assets = {"tokenizer.model": path.parent / "tokenizer.model"} if (path.parent / "tokenizer.model").is_file() else {}
     return Source(path, spec, tensors, provenance, assets)
 

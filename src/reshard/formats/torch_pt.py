@@ -26,12 +26,14 @@ class PtFile:
 
     tensors: name as written -> tensor; those that share a storage have blocks in the same Region.
     others: name -> type, of what else lies in the same dict; none of it was kept.
+    beside: keys that lie beside a nested {"model": {...}}; none of them was kept.
     """
 
     path: Path
     nbytes: int
     tensors: Mapping[str, StoredTensor]
     others: Mapping[str, str]
+    beside: tuple[str, ...] = ()
 
 
 def open_pt(path: Path | str) -> PtFile:
@@ -48,14 +50,14 @@ def open_pt(path: Path | str) -> PtFile:
             archive = open_archive(stream.fileno(), path)
     except OSError as e:
         raise FormatError(f"{path} cannot be read: {e.strerror}", path=path) from None
-    state_dict = _model_part(archive.content, path)
+    state_dict, beside = _model_part(archive.content, path)
     tensors, others = {}, {}
     for name, value in state_dict.items():
         if isinstance(value, TensorView):
             tensors[name] = _placed(name, value, archive)
         else:
             others[name] = type(value).__name__
-    return PtFile(path, nbytes, tensors, others)
+    return PtFile(path, nbytes, tensors, others, beside)
 
 
 def check_records(file: PtFile) -> None:
@@ -64,8 +66,9 @@ def check_records(file: PtFile) -> None:
         check_region(region)
 
 
-def _model_part(content: Any, path: Path) -> dict[str, Any]:
+def _model_part(content: Any, path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     nested = content.get("model") if isinstance(content, dict) else None
+    left: list[str] = []
     if isinstance(nested, dict):
         left = sorted(str(key) for key in content if key != "model")
         if left:
@@ -79,7 +82,7 @@ def _model_part(content: Any, path: Path) -> dict[str, Any]:
             f"{path} holds a dict without tensors, with the keys {', '.join(sorted(content)[:5]) or '(none)'}",
             path=path,
         )
-    return content
+    return content, tuple(left)
 
 
 def _placed(name: str, tensor: TensorView, archive: Archive) -> StoredTensor:

@@ -8,15 +8,17 @@ Source: torchtune 0.6.1, training/checkpointing/_checkpointer.py and models/.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from reshard.errors import FormatError, listed
+from reshard.formats.hf_config import context_length
 from reshard.formats.output import Output
 from reshard.formats.protocol import Source
 from reshard.formats.torch_model import plan_torch
 from reshard.model.names import META, TORCHTUNE
-from reshard.model.spec import LlamaSpec, flavor
+from reshard.model.spec import LlamaSpec, RopeScaling, flavor
 
 CHECKPOINT, RECIPE = "checkpoint.pt", "checkpointer.yaml"
 
@@ -32,10 +34,15 @@ _BUILDERS = {  # (model.name, flavor) -> torchtune's own builder
 
 
 def builder_of(spec: LlamaSpec, max_seq_len: int = 8192) -> tuple[str, dict[str, Any]]:
-    """torchtune's function that builds this model, and its arguments; a named size needs none."""
+    """torchtune's function that builds this model, and its arguments; a named size needs none.
+
+    Raises FormatError for a model that no builder makes: all of them divide dim into heads, and take of RoPE a whole theta
+    and a whole factor.
+    """
     for (name, size), builder in _BUILDERS.items():
         if flavor(name, size) == spec:
             return f"torchtune.models.{builder}", {}
+    _check_can_say(spec)
     arguments: dict[str, Any] = {
         "vocab_size": spec.vocab_size,
         "num_layers": spec.n_layers,
@@ -55,9 +62,24 @@ def builder_of(spec: LlamaSpec, max_seq_len: int = 8192) -> tuple[str, dict[str,
     return "torchtune.models.llama3.llama3", arguments
 
 
-def recipe(spec: LlamaSpec, directory: Path, names: Literal["torchtune", "meta"], *, tokenizer: bool) -> str:
-    """The model, tokenizer and checkpointer sections of a torchtune config."""
-    builder, arguments = builder_of(spec)
+def _check_can_say(spec: LlamaSpec) -> None:
+    said = {"head_dim": (spec.head_dim, spec.dim / spec.n_heads), "rope_theta": (spec.rope_theta, int(spec.rope_theta))}
+    if (scaling := spec.rope_scaling) is not None:
+        fixed = RopeScaling(factor=int(scaling.factor))
+        said |= {f"rope_scaling.{key}": (value, getattr(fixed, key)) for key, value in asdict(scaling).items()}
+    wrong = [f"{key} {ours:g} (it would be {theirs:g})" for key, (ours, theirs) in said.items() if ours != theirs]
+    if wrong:
+        raise FormatError(
+            f"torchtune's builders cannot say {listed(wrong)}: its recipe would build another model",
+            hint="another target that says it: --to hf, or --to torch for the weights alone",
+        )
+
+
+def recipe(
+    spec: LlamaSpec, directory: Path, names: Literal["torchtune", "meta"], *, tokenizer: bool, max_seq_len: int = 8192
+) -> str:
+    """The model, tokenizer and checkpointer sections of a torchtune config. max_seq_len: only sizes its tables."""
+    builder, arguments = builder_of(spec, max_seq_len)
     kind = "FullModelTorchTuneCheckpointer" if names == "torchtune" else "FullModelMetaCheckpointer"
     lines = [
         "# The sections of a torchtune config that load this checkpoint; put them in place of the recipe's own.",
@@ -110,5 +132,6 @@ def plan_torchtune(
     dialect = TORCHTUNE if names == "torchtune" else META
     output = plan_torch(source, spec, CHECKPOINT, dialect=dialect, dtype=dtype, tied_output=names == "meta")
     tokenizer = {name: content for name, content in assets.items() if name == "tokenizer.model"}
-    text = recipe(spec, directory.absolute(), names, tokenizer=bool(tokenizer))
+    positions = context_length(spec, source.about) or 8192
+    text = recipe(spec, directory.absolute(), names, tokenizer=bool(tokenizer), max_seq_len=positions)
     return replace(output, format="torchtune", alone=False, beside={RECIPE: text.encode(), **tokenizer})

@@ -128,6 +128,19 @@ def flavor(name: str, flavor_name: str) -> LlamaSpec:
     return spec
 
 
+def release_is_tied(spec: LlamaSpec) -> bool:
+    """Is this, but for the tie, the model of a release whose embeddings are tied (Llama 3.2's 1B and 3B)?"""
+    return replace(spec, tied=True) in FLAVORS.values()
+
+
+def release_context(spec: LlamaSpec) -> int | None:
+    """Positions that the release of exactly this model is meant for. None for a model that is no release."""
+    released = [flavor(name, size) for name, sizes in RELEASES.items() for size in sizes if size != "debugmodel"]
+    if not any(replace(spec, tied=other.tied) == other for other in released):
+        return None
+    return 8192 if spec.rope_scaling is None else 131072
+
+
 def _did_you_mean(word: str, valid: Any) -> str | None:
     close = nearest(word, valid)
     return f"did you mean `{close}`?" if close else None
