@@ -176,6 +176,8 @@ def _check_told(path: Path, spec: LlamaSpec, said: Told, *, ties: bool) -> None:
     Of Meta's files it is only seen in the numbers: equal matrices are no contradiction to a model that is untied.
     """
     ours, theirs = said.spec.to_dict(), spec.to_dict()
+    if said.scaling_from != "file" and (path / METADATA).exists() and not (path / MANIFEST).exists():
+        ours["rope_scaling"] = theirs["rope_scaling"]  # read off its table of rotations, which says more than a name
     if not said.says_tie or (not ties and spec.tied):
         ours["tied"] = theirs["tied"]
     wrong = [f"{key}: {theirs[key]}, told {ours[key]}" for key in ours if ours[key] != theirs[key]]

@@ -73,8 +73,8 @@ def no_output(path: Path, name: str = OUTPUT, *, why: str = "", hint: str | None
         path=path,
         missing=[name],
         hint=hint
-        or "the file is incomplete: copy or download it again; if the model is tied, --model with a config.json that says "
-        '"tie_word_embeddings": true',
+        or "it is incomplete: copy or download it again. If the model is tied, `reshard convert --model CONFIG.json`, with a "
+        '"tie_word_embeddings": true in it',
     )
 
 

@@ -297,9 +297,9 @@ def _refuse_other_values(file: GgufFile) -> None:
             plain = (*plain, "llama3")
         if _ANY in plain or (type(value) in (bool, int, float, str) and value in plain):
             continue
-        what = "its RoPE is scaled" if name.startswith("rope.") else "which no plain Llama has"
+        what = "its RoPE is scaled" if name.startswith("rope.") else "no plain Llama has it"
         raise FormatError(
-            f"{file.path}: {key} is {str(value)[:60]!r}: {what}, and it cannot be kept",
+            f"{file.path}: {key} is {repr(value)[:60]}: {what}, and it cannot be kept",
             path=file.path,
             hint=f"a key that changes no number can be taken out: gguf-new-metadata --remove-metadata {key} IN.gguf OUT.gguf",
         )

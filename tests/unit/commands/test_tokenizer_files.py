@@ -1,15 +1,20 @@
 """Does a run's own tokenizer leave with its weights, so that the text of an export is the text of the training?"""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import tokenizers
 
+from reshard.cli import main
+from reshard.commands.convert import Options
+from reshard.commands.export import export_source
 from reshard.commands.seed import seed
 from reshard.commands.sources import open_source
 from reshard.commands.tokenizer_files import with_tokenizer
 from reshard.config import load_config
+from reshard.errors import ConfigError, DataError
 from reshard.formats.gguf_file import read_gguf
 from reshard.formats.tokenizer_json import byte_letters, llama3_specials, merges_of
 from reshard.text.tokenizers import LLAMA3_SPECIALS, ByteTokenizer
@@ -46,6 +51,80 @@ def test_and_lie_inside_of_a_gguf(step, tmp_path):
     assert values["tokenizer.ggml.tokens"][65] == "A"
     assert values["tokenizer.ggml.tokens"][32] == "\u0120"
     assert values["tokenizer.ggml.token_type"][255:259] == [1, 3, 3, 5]
+
+
+@pytest.fixture
+def slow(tmp_path, step):
+    """A Hugging Face folder whose tokenizer is of the older kind, without a tokenizer.json."""
+    from reshard.commands.convert import Options, run
+
+    run(step, tmp_path / "hf", to="hf", options=Options(no_tokenizer=True))
+    assert not list((tmp_path / "hf").glob("*token*"))
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "hf" / name).write_text("{}")
+    return tmp_path / "hf"
+
+
+def test_a_tokenizer_that_would_be_lost_is_refused_unless_it_may_be(slow, tmp_path, capsys):
+    for target in ("again", "m.gguf"):
+        words = ["convert", str(slow), str(tmp_path / target), *(["--to", "hf"] if target == "again" else [])]
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert "its tokenizer is vocab.json, merges.txt, without a tokenizer.json" in said
+        assert "--no-tokenizer" in said
+        assert not (tmp_path / target).exists()
+        main([*words, "--no-tokenizer"])
+    assert not any("tokenizer.ggml" in key for key in read_gguf(tmp_path / "m.gguf").values)
+    with pytest.raises(ConfigError, match="contradict each other"):
+        Options(tokenizer=slow, no_tokenizer=True)
+    logging.getLogger().handlers.clear()
+
+
+def test_of_tokenizers_of_other_kinds_too(step, tmp_path, caplog):
+    """SentencePiece's, as tokenizer.json and as a GGUF: to be had in the one format, lost in the other."""
+    from reshard.commands.convert import run
+
+    pieces = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    pieces.save(str(tmp_path / "tokenizer.json"))
+    run(step, tmp_path / "hf", to="hf", options=Options(tokenizer=tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="not a byte-level BPE") as error:
+        run(tmp_path / "hf", tmp_path / "m.gguf")
+    assert "--no-tokenizer" in error.value.hint
+    # At the end of a run nobody is there to be asked: the model goes without, and that is said.
+    source = open_source(tmp_path / "hf")
+    with caplog.at_level(logging.WARNING):
+        (written,) = export_source(source, tmp_path / "run", ["gguf"])
+    assert "exporting without a tokenizer" in caplog.text
+    assert open_source(written).spec == source.spec
+
+
+def test_ids_and_length_through_a_checkpoint_are_left_out_or_the_tokenizers(slow, step, tmp_path, caplog):
+    """DCP has no place for them: that is said, and nothing is made up; a tokenizer that is given knows its own."""
+    from transformers import GenerationConfig, LlamaConfig
+
+    from reshard.commands.convert import run
+
+    config = json.loads((slow / "config.json").read_text())
+    said = {"bos_token_id": 5, "eos_token_id": 9, "pad_token_id": 7, "max_position_embeddings": 333}
+    (slow / "config.json").write_text(json.dumps(config | said))
+    with caplog.at_level(logging.INFO):
+        run(slow, tmp_path / "dcp")
+        run(tmp_path / "dcp", tmp_path / "back", to="hf")
+    assert "keeps no tokenizer, bos_token_id, eos_token_id, pad_token_id, context_length" in caplog.text
+    assert "does not say bos_token_id, eos_token_id, max_position_embeddings: left out" in caplog.text
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert not back.keys() & said.keys()
+    assert GenerationConfig.from_pretrained(tmp_path / "back").eos_token_id is None
+    run(slow, tmp_path / "direct", to="hf", options=Options(no_tokenizer=True))
+    direct = LlamaConfig.from_pretrained(tmp_path / "direct")
+    assert {key: getattr(direct, key) for key in said} == said
+    run(step, tmp_path / "own", to="hf")
+    run(tmp_path / "dcp", tmp_path / "given", to="hf", options=Options(tokenizer=tmp_path / "own"))
+    given = json.loads((tmp_path / "given" / "config.json").read_text())
+    assert (given["bos_token_id"], given["eos_token_id"]) == (256, 257)
+    assert "model_max_length" not in json.loads((tmp_path / "own" / "tokenizer_config.json").read_text())
 
 
 def test_a_pt_is_written_without_a_word_about_tokenizers(step, caplog):

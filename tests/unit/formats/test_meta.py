@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from reshard.errors import ConfigError, FormatError, LayoutError, TensorMismatch
+from reshard.formats.dialects import Told
 from reshard.formats.meta import open_meta, params_of, write_meta
 from reshard.model.spec import FLAVORS, RopeScaling, ffn_dim_from_params, parameter_shapes
 
@@ -115,8 +116,13 @@ class TestTied:
         assert source.spec == spec
 
     def test_no_output(self, tiny, tmp_path):
+        """params.json cannot say a tie, and Meta's own files have an output: only who says it is believed."""
         spec = tiny.spec(tied=True)
-        source = open_meta(tiny.save(tmp_path, tiny.cut(tiny.weights(spec), 2), tiny.params(spec, vocab_size=-1)))
+        directory = tiny.save(tmp_path, tiny.cut(tiny.weights(spec), 2), tiny.params(spec, vocab_size=-1))
+        for told in (None, Told(tiny.spec()), Told(tiny.spec(), says_tie=False)):
+            with pytest.raises(TensorMismatch, match=r"has no output\.weight, and nothing says that it is tied"):
+                open_meta(directory, told)
+        source = open_meta(directory, Told(spec))
         assert source.spec == spec
         assert "output.weight" not in source.tensors
 
