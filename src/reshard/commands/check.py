@@ -11,7 +11,7 @@ from reshard.text.tokenizers import check_tokenizer
 
 
 def check(config: Config, world_size: int) -> None:
-    """Refuse what `train` on this many ranks would refuse. Raises ConfigError, LayoutError or DataError."""
+    """Refuse what `train` on this many ranks would refuse. Raises ConfigError, LayoutError, DataError or FormatError."""
     seeding = config.checkpoint.create_seed_checkpoint
     if seeding and world_size != 1:
         raise LayoutError(
@@ -20,6 +20,10 @@ def check(config: Config, world_size: int) -> None:
         )
     layout = resolve_layout(config, world_size)
     spec = spec_of(config)
+    if config.checkpoint.export:
+        from reshard.commands.export import check_exports
+
+        check_exports(config.checkpoint.export, spec)
     if seeding:  # needs neither text nor tokenizer
         return
     check_checkpointing(config)

@@ -12,7 +12,10 @@ from reshard.commands.sources import open_source
 from reshard.commands.tokenizer_files import with_tokenizer
 from reshard.errors import ConfigError, DataError, FormatError, listed, nearest
 from reshard.formats.hf import ASSETS, INDEX, SINGLE
+from reshard.formats.meta import params_of
 from reshard.formats.protocol import Source
+from reshard.formats.torchtune import builder_of
+from reshard.model.spec import LlamaSpec
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +63,11 @@ def _write(source: Source, folder: Path, target: Path, to: str, options: Options
     convert(source, target, to, options)
 
 
-def check_exports(formats: Sequence[str]) -> None:
-    """Can all of them be written? To be asked before a training starts. Raises ConfigError."""
+def check_exports(formats: Sequence[str], spec: LlamaSpec | None = None) -> None:
+    """Can all of them be written? To be asked before a training starts. Raises ConfigError, FormatError.
+
+    spec: the model, which Meta's params.json and torchtune's builders may not be able to say.
+    """
     for to in formats:
         if to not in EXPORTS:
             close = nearest(to, EXPORTS)
@@ -70,6 +76,10 @@ def check_exports(formats: Sequence[str]) -> None:
                 key="checkpoint.export",
                 hint=f"did you mean `{close}`?" if close else None,
             )
+        if spec is not None and to == "torchtune":
+            builder_of(spec)
+        if spec is not None and to == "meta":
+            params_of(spec)
 
 
 def _set_aside(folder: Path, source: Source, target: Path, to: str, options: Options) -> None:

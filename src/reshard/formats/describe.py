@@ -25,6 +25,7 @@ def describe(source: Source) -> dict[str, Any]:
         "model": source.spec.to_dict() if source.spec is not None else None,
         "about": dict(source.about),
         "assets": sorted(source.assets),
+        "tokenizer_problem": source.tokenizer_problem,
         "dtypes": dtypes,
         "parameters": sum(prod(tensor.shape) for tensor in source.tensors.values()),
         "bytes": sum(tensor.nbytes for tensor in source.tensors.values()),
@@ -45,6 +46,8 @@ def text(report: dict[str, Any]) -> list[str]:
         lines.append(f"           rope_theta {model['rope_theta']:g}  norm_eps {model['norm_eps']:g}")
     if report["assets"]:
         lines.append(f"beside     {', '.join(report['assets'])}")
+    if report["tokenizer_problem"]:
+        lines.append(f"tokenizer  cannot be handed on: {report['tokenizer_problem']}")
     width = max((len(name) for name in report["tensors"]), default=0)
     for name, t in report["tensors"].items():
         shape = " x ".join(map(str, t["shape"]))

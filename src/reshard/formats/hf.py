@@ -83,7 +83,7 @@ def open_hf(path: Path, model: Told | None = None) -> Source:
         },
         assets_beside(directory),
         about_of(config or {}),
-        _tokenizer_problem(directory),
+        tokenizer_problem(directory),
     )
 
 
@@ -201,7 +201,7 @@ def about_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return about
 
 
-def _tokenizer_problem(directory: Path) -> str:
+def tokenizer_problem(directory: Path) -> str:
     """Which part of the tokenizer lies in files that are not handed on?"""
     slow = [name for name in _SLOW_TOKENIZER if (directory / name).is_file()]
     if slow and not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):

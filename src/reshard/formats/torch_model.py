@@ -19,7 +19,7 @@ from reshard.formats.dialects import (
     dialect_of,
     told,
 )
-from reshard.formats.hf import about_of, assets_beside
+from reshard.formats.hf import about_of, assets_beside, tokenizer_problem
 from reshard.formats.hf_config import CONFIG, read_json, spec_from_config
 from reshard.formats.output import Copy, Output, whole
 from reshard.formats.protocol import Source
@@ -59,7 +59,8 @@ def open_torch(path: Path, model: Told | None) -> Source:
         "files": [{"name": path.name, "bytes": file.nbytes}],
     }
     if config is not None:
-        return Source(path, spec, tensors, provenance, assets_beside(path.parent), about_of(config))
+        assets_of, problem = assets_beside(path.parent), tokenizer_problem(path.parent)
+        return Source(path, spec, tensors, provenance, assets_of, about_of(config), problem)
     assets = {"tokenizer.model": path.parent / "tokenizer.model"} if (path.parent / "tokenizer.model").is_file() else {}
     return Source(path, spec, tensors, provenance, assets)
 

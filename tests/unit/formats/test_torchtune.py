@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from reshard.commands.check import check
+from reshard.config import load_config
 from reshard.errors import FormatError
 from reshard.formats.torchtune import builder_of
 from reshard.model.spec import LlamaSpec, RopeScaling, flavor
@@ -45,3 +47,11 @@ def test_what_they_can_say_is_not():
         assert arguments.get("scale_factor", 1) == (spec.rope_scaling.factor if spec.rope_scaling and arguments else 1)
         assert arguments.get("rope_base", spec.rope_theta) == spec.rope_theta
         assert builder.startswith("torchtune.models.llama3")
+
+
+def test_an_export_that_cannot_be_written_is_known_before_the_training():
+    words = ["--model.rope_theta", "10000.5", "--checkpoint.export", "torchtune"]
+    config, _ = load_config(None, words)
+    with pytest.raises(FormatError, match=r"rope_theta 10000\.5"):
+        check(config, 1)
+    check(load_config(None, words[2:])[0], 1)
