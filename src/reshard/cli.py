@@ -277,11 +277,20 @@ def evaluate(
 @click.option("--tree", "as_tree", is_flag=True, help="The tensors' names as a tree, with sizes.")
 @_JSON
 @click.option("--model", help="What it is, where it does not say: FLAVOR, NAME/FLAVOR, a params.json or config.json.")
-def inspect(path: Path, tensors: bool, name: str | None, as_tree: bool, as_json: bool, model: str | None) -> None:
+@_ROPE_SCALING
+def inspect(
+    path: Path,
+    tensors: bool,
+    name: str | None,
+    as_tree: bool,
+    as_json: bool,
+    model: str | None,
+    rope_scaling: Literal["none", "llama3"] | None,
+) -> None:
     """What is in it? A checkpoint, a folder of them, or a model in any format: its origin, sizes and tensors."""
     from reshard.commands.inspect import answer
 
-    report, lines = answer(path, model=model, tensor=name, tree=as_tree, tensors=tensors)
+    report, lines = answer(path, model=model, rope_scaling=rope_scaling, tensor=name, tree=as_tree, tensors=tensors)
     click.echo(json.dumps(report) if as_json else "\n".join(lines))
 
 

@@ -64,15 +64,18 @@ def convert(
     )
 
 
-def inspect(path: AnyPath, *, model: str | None = None) -> dict[str, Any]:
+def inspect(
+    path: AnyPath, *, model: str | None = None, rope_scaling: Literal["none", "llama3"] | None = None
+) -> dict[str, Any]:
     """What is in it? The report of `reshard inspect --json`: plain values, of headers and manifests alone.
 
-    `kind` is checkpoint (one of ours), folder (of such) or weights (any other format). model: as in `convert`.
+    `kind` is checkpoint (one of ours), folder (of such) or weights (any other format). model, rope_scaling: as in
+    `convert`.
     Raises ReshardError.
     """
     from reshard.commands.inspect import run
 
-    return run(local_path(path), model)
+    return run(local_path(path), model, rope_scaling)
 
 
 def verify(path: AnyPath, *, level: Level = "bytes") -> list[Verdict]:

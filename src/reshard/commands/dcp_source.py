@@ -45,11 +45,13 @@ def open_dcp(directory: Path, model: Told | None = None) -> Source:
         raise FormatError(f"{directory} {what}", path=directory)
     with _Files(directory) as files:
         found = {name: _stored(name, index.tensors[name], files) for name in names}
+    tensors, spec = canonical_tensors(found, directory, told_model, TORCHTITAN)
     if said is None:
         trained = len(names) < len(index.tensors) or any(_is_other(name) for name in index.objects)
+        told_model = replace(told_model, spec=spec)
         told_model = _with_trained_rope(directory, told_model, found) if trained else told_model
         check_scaling_is_said(directory, told_model, trained=trained)
-    tensors, spec = canonical_tensors(found, directory, told_model, TORCHTITAN)
+        spec = told_model.spec
     return Source(directory, spec, tensors, _provenance(directory, manifest))
 
 
@@ -62,9 +64,11 @@ def _with_trained_rope(directory: Path, model: Told, found: Mapping[str, StoredT
     table = next((found[name] for name in ("freqs_cis", "model.freqs_cis") if name in found), None)
     if table is None or table.dtype != "complex64" or table.shape[1:] != (model.spec.head_dim // 2,) or table.rows < 2:
         return model
-    frequencies = np.angle(table.read_bytes(1, 2).view(np.complex64))
-    if not np.isclose(frequencies[0], 1.0):  # the first pair turns by one radian: this is no such table
-        return model
+    start, frequencies = np.angle(table.read_bytes(0, 2).view(np.complex64).reshape(2, -1))
+    if start.any() or not np.isclose(frequencies[0], 1.0) or not (np.diff(frequencies) < 0).all():
+        return (
+            model  # nothing turned at position 0, then the first pair by a radian and each other one by less: no table
+        )
     scalings = [model.spec.rope_scaling]
     if model.scaling_from != "file":
         scalings += [None, RopeScaling(factor=8.0), RopeScaling(factor=32.0)]

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reshard.checkpoint.layout import entries, is_foreign, step_of
 from reshard.checkpoint.manifest import MANIFEST
 from reshard.commands import inspect_checkpoint, inspect_folder, inspect_tree
 from reshard.errors import ConfigError
 
+if TYPE_CHECKING:
+    from reshard.commands.sources import RopeSaid
 
-def run(path: Path, model: str | None = None) -> dict[str, Any]:
+
+def run(path: Path, model: str | None = None, rope_scaling: RopeSaid | None = None) -> dict[str, Any]:
     """The report as plain JSON values; `kind` is checkpoint, folder or weights (somebody else's).
 
-    model: what a foreign file is, where it does not say. Raises CheckpointErrors and FormatErrors.
+    model, rope_scaling: what a foreign file is, where it does not say. Raises CheckpointErrors and FormatErrors.
     """
     if path.exists() and not is_ours(path):
         from reshard.commands.sources import open_source
         from reshard.formats.describe import describe
 
-        return describe(open_source(path, model=model, rope_matters=False))
+        return describe(open_source(path, model=model, rope_scaling=rope_scaling))
     return inspect_folder.report(path) if _is_folder(path) else inspect_checkpoint.report(path)
 
 
 def answer(
-    path: Path, *, model: str | None = None, tensor: str | None = None, tree: bool = False, tensors: bool = False
+    path: Path,
+    *,
+    model: str | None = None,
+    rope_scaling: RopeSaid | None = None,
+    tensor: str | None = None,
+    tree: bool = False,
+    tensors: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """What the command line shows: the report, and its lines for people.
 
@@ -45,7 +54,7 @@ def answer(
 
         found = inspect_tensor.run(path, tensor, lambda: open_source(path, model=model, rope_matters=False))
         return found, inspect_tensor.text(found)
-    report = run(path, model)
+    report = run(path, model, rope_scaling)
     if tree:
         nested = inspect_tree.tree(report["tensors"])
         return {"kind": "tree", "path": str(path), **nested}, inspect_tree.text(nested)

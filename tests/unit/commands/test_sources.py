@@ -424,6 +424,15 @@ def test_a_full_pt_of_torchtitan_does_not_say_it_either(tmp_path):
     assert open_source(tmp_path / "w.pt", model="8B").spec == SPEC
 
 
+def test_a_table_that_is_none_says_nothing(tmp_path):
+    """As other programs' stand-ins: the same turn everywhere, none at all, or one at position 0."""
+    angles = torch.ones(8, SPEC.head_dim // 2)
+    told = write_config(tmp_path / "c.json")
+    for i, table in enumerate((angles, 0 * angles, torch.arange(8)[:, None] * angles, rotations()[1:].angle())):
+        folder = titan(tmp_path / f"{i}", freqs_cis=torch.polar(torch.ones_like(table), table))
+        assert open_source(folder, model=told).spec == SPEC
+
+
 def test_a_factor_that_torchtitan_and_the_release_differ_in_is_asked_for(tmp_path):
     folder = titan(tmp_path / "full")
     with pytest.raises(ConfigError, match="by 32 as released, and by 8 where torchtitan trains it"):
@@ -449,10 +458,14 @@ def test_the_table_of_rotations_of_a_trained_checkpoint_says_it(tmp_path):
     assert open_source(seed, model="llama3_1/8B").spec.rope_scaling == RopeScaling(8.0)
 
 
+@pytest.mark.usefixtures("_small_flavor")
 def test_all_is_a_sentence_and_exit_2(tmp_path, capsys):
     folder = titan(tmp_path / "full")
-    with pytest.raises(SystemExit) as stop:
-        main(["eval", str(folder), "--model", "8B"])
-    assert stop.value.code == 2
-    assert "--rope-scaling llama3" in capsys.readouterr().err
+    for verb in (["eval"], ["generate"], ["inspect"], ["diff", str(folder)]):
+        with pytest.raises(SystemExit) as stop:
+            main([*verb, str(folder), "--model", "8B"])
+        assert stop.value.code == 2
+        assert "--rope-scaling llama3" in capsys.readouterr().err
+    main(["inspect", str(folder), "--model", "8B", "--rope-scaling", "llama3"])
+    assert "RoPE scaled 8 times" in capsys.readouterr().out
     logging.getLogger().handlers.clear()
