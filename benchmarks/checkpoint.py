@@ -2,6 +2,7 @@
 
     python benchmarks/checkpoint.py                                  everything: 1 GiB, 7 rounds, 1, 2 and 4 ranks
     python benchmarks/checkpoint.py --gib 0.25 --rounds 3 --only save load --out -
+    python benchmarks/checkpoint.py --against ../before/src          now and before, in turns: only a table of their ratios
 
 Every round runs all contestants of a part once, in an order that turns from round to round, so that what else happens
 on the machine hits all alike. A time is that of the slowest rank, from one barrier to its own end. Ratios are taken
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import gc
 import json
+import logging
 import os
 import platform
 import shutil
@@ -38,8 +40,9 @@ from memory import FullCache
 from page import processor, put_between_marks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
+import reshard
 from reshard.checkpoint import blocks, manifest
 from reshard.checkpoint.load import load
 from reshard.checkpoint.plan import Planner
@@ -50,6 +53,8 @@ from reshard.checkpoint.state import bytes_of, local_part
 
 PROJECT = Path(__file__).resolve().parents[1]
 PARTS = ("save", "load", "reading", "memory", "small", "async")
+COMPARABLE = ("save", "load", "small")  # parts that `--against` can do
+FOREIGN = ("raw", "dcp", "readinto", "memcpy", "ours, no checksums")  # contestants that it leaves out
 ABOUT = About(step=1, kind="full", source={"kind": "benchmark"})
 WIDTH, FFN = 1024, 2816  # of the layers that make up the state; seven of them are 1 GiB with their moments
 SMALL_TENSORS = 10_000
@@ -81,10 +86,14 @@ def small_tensors() -> dict[str, Tensor]:
 
 
 def placed(tensors: dict[str, Tensor], placement: str, world: int) -> dict[str, Tensor]:
-    """This rank's part: `replica`, `dim0` or `dim1` shards (vectors are cut along their only dim, scalars never)."""
+    """This rank's part: `replica` (plain, the tensors themselves), `dtensor` (replicas by their placement), `dim0` or
+    `dim1` shards (vectors are cut along their only dim, scalars never).
+    """
     if placement == "replica":
-        return {name: tensor.clone() for name, tensor in tensors.items()}
+        return tensors
     mesh = init_device_mesh("cpu", (world,))
+    if placement == "dtensor":
+        return {n: DTensor.from_local(t, mesh, [Replicate()], run_check=False) for n, t in tensors.items()}
     result = {}
     for name, tensor in tensors.items():
         dim = min(int(placement[-1]), tensor.ndim - 1)
@@ -112,10 +121,10 @@ def local_bytes(state: dict[str, Tensor]) -> int:
 class Bench:
     """What a rank needs to take part: its group, its place on the disk, its rounds."""
 
-    def __init__(self, rank: int, world: int, port: int, place: Path, gib: float, rounds: int) -> None:
+    def __init__(self, rank: int, world: int, port: int, place: Path, gib: float, rounds: int, turns: bool) -> None:
         store = dist.TCPStore("127.0.0.1", port, world, rank == 0, timedelta(minutes=10))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(minutes=10))
-        self.rank, self.world, self.place, self.gib, self.rounds = rank, world, place, gib, rounds
+        self.rank, self.world, self.place, self.gib, self.rounds, self.turns = rank, world, place, gib, rounds, turns
         self.group = dist.new_group(backend="gloo")
         self.background = dist.new_group(backend="gloo")
         self.ranks = Ranks(self.group if world > 1 else None)
@@ -132,6 +141,13 @@ class Bench:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def await_turn(self) -> None:
+        """Where other ranks run another version: until they rest. What starts us all says so, see `take_turns`."""
+        if self.turns and self.rank == 0:
+            print("ready", flush=True)
+            sys.stdin.readline()
+        self.barrier()
+
     def timed(self, work: Callable[[], object]) -> float:
         """Seconds of the slowest rank."""
         self.barrier()
@@ -141,10 +157,12 @@ class Bench:
 
     def play(self, contestants: dict[str, Callable[[], object]], rounds: int, tidy: Callable[[], None]) -> Times:
         """Run all in each round, in turning order; one unmeasured round first. The CPU seconds are under `cpu <name>`."""
-        names, times = list(contestants), {}
+        names: list[str] = [n for n in contestants if not (self.turns and n.startswith(FOREIGN))]
+        times: Times = {}
         for number in range(-1, rounds):
             shift = number % len(names)
             for name in names[shift:] + names[:shift]:
+                self.await_turn()
                 gc.collect()
                 cpu = time.process_time()
                 seconds = self.timed(contestants[name])
@@ -226,7 +244,8 @@ def without(what: str) -> Iterator[None]:
 
 def measure_save(bench: Bench) -> dict[str, Any]:
     """Raw writes, ours and DCP's, with fsync and without; ours without its checksums."""
-    state = placed(full_tensors(bench.gib), "dim0", bench.world)
+    tensors = full_tensors(bench.gib)
+    replicas, dtensors, state = (placed(tensors, kind, bench.world) for kind in ("replica", "dtensor", "dim0"))
     planner = Planner(bench.ranks)
     nested = {"state": state}
 
@@ -245,6 +264,9 @@ def measure_save(bench: Bench) -> dict[str, Any]:
         "raw, no fsync": lambda: raw_write(bench.fresh("raw"), bench.rank, state, sync=False),
         "ours, no fsync": lambda: ours_without("fsync"),
         "dcp, no fsync": lambda: dcp_save(bench, bench.fresh("dcp"), state, sync=False),
+        "reshard.save, dim-0 shards": lambda: reshard.save(bench.fresh("shards"), nested),
+        "reshard.save, plain replicas": lambda: reshard.save(bench.fresh("replicas"), {"state": replicas}),
+        "reshard.save, DTensor replicas": lambda: reshard.save(bench.fresh("dtensors"), {"state": dtensors}),
     }
     times = bench.play(contestants, bench.rounds, bench.sweep)
     return {"bytes": sum(bench.gathered(local_bytes(state))), "times": times}
@@ -279,6 +301,7 @@ def measure_load(bench: Bench) -> dict[str, Any]:
             "readinto": lambda raw=raw, target=target: raw_read(raw, target),
             "memcpy": copy,
             "ours": lambda target=target: load(ours, target, bench.ranks),
+            "reshard.load": lambda target=target: reshard.load(ours, target),
             "dcp": lambda target=target: dcp_load(bench, theirs, target),
         }
         result["times"][placement] = bench.play(contestants, bench.rounds, lambda: None)
@@ -347,7 +370,8 @@ def status_bytes(field: str) -> int:
 
 def measure_small(bench: Bench) -> dict[str, Any]:
     """Ten thousand small tensors: here it is planning that costs."""
-    state = placed(small_tensors(), "dim0", bench.world)
+    replicas = small_tensors()
+    state = placed(replicas, "dim0", bench.world)
     target = emptied(state)
     planner = Planner(bench.ranks)
     ours, theirs = bench.place / "kept-small", bench.place / "kept-small-dcp"
@@ -358,6 +382,9 @@ def measure_small(bench: Bench) -> dict[str, Any]:
         "save, first": lambda: save(bench.fresh("ours"), {"state": state}, ABOUT, bench.ranks),
         "save, again": lambda: save(bench.fresh("ours"), {"state": state}, ABOUT, bench.ranks, planner=planner),
         "load": lambda: load(ours, named, bench.ranks),
+        "reshard.save": lambda: reshard.save(bench.fresh("ours"), {"state": state}),
+        "reshard.save, plain replicas": lambda: reshard.save(bench.fresh("ours"), {"state": replicas}),
+        "reshard.load": lambda: reshard.load(ours, named),
     }
     times = bench.play(contestants, bench.rounds, bench.sweep)
     slow: dict[str, Callable[[], object]] = {
@@ -453,7 +480,9 @@ MEASURES: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 def be_rank(task: dict[str, Any]) -> None:
     """Take part in one measure; rank 0 writes down what came out."""
-    bench = Bench(task["rank"], task["world"], task["port"], Path(task["place"]), task["gib"], task["rounds"])
+    logging.getLogger("reshard").setLevel(logging.ERROR)  # that not all was compared is said at every save
+    numbers = task["rank"], task["world"], task["port"], Path(task["place"]), task["gib"], task["rounds"]
+    bench = Bench(*numbers, turns=task["turns"])
     result = MEASURES[task["part"]](bench)
     if bench.rank == 0:
         Path(task["answer"]).write_text(json.dumps(result))
@@ -464,24 +493,79 @@ def be_rank(task: dict[str, Any]) -> None:
 # -- the whole -----------------------------------------------------------------------------------------------------------
 
 
-def run(part: str, world: int, place: Path, gib: float, rounds: int) -> dict[str, Any]:
-    """Start the ranks of one measure, wait for them, bring back the result."""
+@contextlib.contextmanager
+def started(
+    part: str, world: int, place: Path, gib: float, rounds: int, source: Path | None = None
+) -> Iterator[tuple[list[subprocess.Popen[str]], Callable[[], dict[str, Any]]]]:
+    """Start the ranks of one measure; with them, what waits for them and brings back the result.
+
+    source: of reshard, for ranks that take turns with others.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     answer = place.with_name(f"{place.name}.json")
     place.mkdir(exist_ok=True)
     task = {"part": part, "world": world, "port": port, "place": str(place), "gib": gib, "rounds": rounds}
-    command = [sys.executable, __file__, "--as-rank"]
-    ranks = [subprocess.Popen([*command, json.dumps({**task, "rank": r, "answer": str(answer)})]) for r in range(world)]
-    try:
+    task |= {"answer": str(answer), "turns": source is not None}
+    pipe = None if source is None else subprocess.PIPE
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--as-rank", json.dumps({**task, "rank": r})],
+            stdin=pipe, stdout=pipe if r == 0 else None, text=True,
+            env={**os.environ, **({"PYTHONPATH": str(source)} if source else {})},
+        )
+        for r in range(world)
+    ]  # fmt: skip
+
+    def result() -> dict[str, Any]:
         if max(process.wait() for process in ranks) != 0 or not answer.exists():
             raise SystemExit(f"{part} on {world} ranks failed")
+        return json.loads(answer.read_text())
+
+    try:
+        yield ranks, result
     finally:
         for process in ranks:
             process.kill()
         shutil.rmtree(place)
-    return json.loads(answer.read_text())
+
+
+def run(part: str, world: int, place: Path, gib: float, rounds: int) -> dict[str, Any]:
+    """One measure, from beginning to end."""
+    with started(part, world, place, gib, rounds) as (_, result):
+        return result()
+
+
+def run_both(
+    part: str, world: int, place: Path, gib: float, rounds: int, sources: tuple[Path, Path]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same measure by two versions of the source, in turns: one rests while the other works."""
+    places = [place.with_name(f"{place.name}-{name}") for name in ("now", "before")]
+    with (
+        started(part, world, places[0], gib, rounds, sources[0]) as (now, now_result),
+        started(part, world, places[1], gib, rounds, sources[1]) as (before, before_result),
+    ):
+        take_turns(now[0], before[0])
+        return now_result(), before_result()
+
+
+def take_turns(a: subprocess.Popen[str], b: subprocess.Popen[str]) -> None:
+    """Let each work until it is ready for its next turn, or has ended; who goes first changes from turn to turn."""
+
+    def until_ready(process: subprocess.Popen[str]) -> bool:
+        assert process.stdout is not None
+        return any(line == "ready\n" for line in process.stdout)
+
+    def let_work(process: subprocess.Popen[str]) -> bool:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return until_ready(process)
+
+    order = [process for process in (a, b) if until_ready(process)]
+    while order:
+        order = [process for process in reversed(order) if let_work(process)]
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -509,7 +593,10 @@ def tell_save(results: dict[int, dict[str, Any]]) -> list[str]:
     rows, cost = [], []
     for world, result in results.items():
         times, gib = result["times"], result["bytes"] / 2**30
-        for name in ("raw", "ours", "dcp", "raw, no fsync", "ours, no fsync", "dcp, no fsync"):
+        for name in (
+            "raw", "ours", "dcp", "raw, no fsync", "ours, no fsync", "dcp, no fsync", "reshard.save, dim-0 shards",
+            "reshard.save, plain replicas", "reshard.save, DTensor replicas",
+        ):  # fmt: skip
             limit = times["raw, no fsync" if "no fsync" in name else "raw"]
             rate, cpu = f"{gib / statistics.median(times[name]):.2f}", statistics.median(times[f"cpu {name}"])
             rows.append(row(world, name, spread(times[name]), rate, ratio(limit, times[name]), f"{cpu:.2f}"))
@@ -531,7 +618,7 @@ def tell_load(results: dict[int, dict[str, Any]]) -> list[str]:
     rows = []
     for world, result in results.items():
         for placement, times in result["times"].items():
-            for name in ("memcpy", "readinto", "ours", "dcp"):
+            for name in ("memcpy", "readinto", "ours", "reshard.load", "dcp"):
                 cpu = statistics.median(times[f"cpu {name}"])
                 share = ratio(times["readinto"], times[name])
                 rows.append(row(world, placement, name, spread(times[name], 3), share, f"{cpu:.2f}"))
@@ -574,9 +661,11 @@ def tell_small(results: dict[int, dict[str, Any]]) -> list[str]:
     rows = []
     for world, result in results.items():
         times = result["times"]
-        rows += [
-            row(world, n, spread(times[n], 3)) for n in ("save, first", "save, again", "dcp save", "load", "dcp load")
-        ]
+        names = (
+            "save, first", "save, again", "reshard.save", "reshard.save, plain replicas", "dcp save",
+            "load", "reshard.load", "dcp load",
+        )  # fmt: skip
+        rows += [row(world, n, spread(times[n], 3)) for n in names]
     return [
         f"## {SMALL_TENSORS:,} tensors of 1 KiB", "",
         "`again`: the plan is known. DCP in at most 3 rounds.", "",
@@ -606,6 +695,40 @@ def tell_async(results: dict[int, dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
 
 
+def tell_against(results: dict[tuple[str, int], tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
+    """The table of two versions."""
+    rows = []
+    for (part, world), (now, before) in results.items():
+        nested = now["times"] if part == "load" else {"": now["times"]}
+        for placement, times in nested.items():
+            old = before["times"][placement] if placement else before["times"]
+            for name in (name for name in times if not name.startswith("cpu ")):
+                cpu, old_cpu = times[f"cpu {name}"], old[f"cpu {name}"]
+                seconds = (f"{statistics.median(values):.3f}" for values in (old_cpu, cpu))
+                rows.append(
+                    row(
+                        part,
+                        world,
+                        placement,
+                        name,
+                        *seconds,
+                        ratio(cpu, old_cpu),
+                        f"{min(cpu) / min(old_cpu):.2f}",
+                        ratio(times[name], old[name]),
+                    )
+                )
+    return [
+        "## Now and before, in turns", "",
+        "CPU seconds of all ranks together; ratios are those of one round, now / before, and the best of all rounds against "
+        "the best.", "",
+        *table(
+            ["part", "ranks", "held as", "", "CPU s before", "CPU s now", "ratio: median (best to worst)", "best / best",
+             "of seconds"],
+            rows,
+        ),
+    ]  # fmt: skip
+
+
 TELL: dict[str, Callable[[dict[int, dict[str, Any]]], list[str]]] = {
     "save": tell_save,
     "load": tell_load,
@@ -614,6 +737,21 @@ TELL: dict[str, Callable[[dict[int, dict[str, Any]]], list[str]]] = {
     "small": tell_small,
     "async": tell_async,
 }
+
+
+def compare(options: argparse.Namespace) -> list[str]:
+    """This version and another one, in turns."""
+    if not (options.against / "reshard/__init__.py").exists():
+        raise SystemExit(f"{options.against} has no reshard/__init__.py, expected the src folder of another version")
+    sources = PROJECT / "src", options.against.resolve()
+    results = {}
+    with tempfile.TemporaryDirectory(dir=options.place, prefix="benchmark-") as folder:
+        for part in (part for part in options.only if part in COMPARABLE):
+            for world in options.ranks:
+                print(f"{part}, {world} rank(s), two versions ...", file=sys.stderr)
+                place = Path(folder) / f"{part}-{world}"
+                results[part, world] = run_both(part, world, place, options.gib, options.rounds, sources)
+    return tell_against(results)
 
 
 def main() -> None:
@@ -627,6 +765,12 @@ def main() -> None:
         "--place", type=Path, default=PROJECT / "outputs", help="where to write meanwhile: on the disk to measure"
     )
     parser.add_argument("--out", default=str(PROJECT / "docs/benchmarks/checkpoint.md"), help="file, - for stdout only")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="SRC",
+        help="another version's src folder: ratios of the two, of save, load and small",
+    )
     parser.add_argument("--as-rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.as_rank:
@@ -635,6 +779,9 @@ def main() -> None:
     lines: list[str] = []
     load = os.getloadavg()[0]
     options.place.mkdir(exist_ok=True)
+    if options.against is not None:
+        print("\n".join(compare(options)))
+        return
     with tempfile.TemporaryDirectory(dir=options.place, prefix="benchmark-") as folder:
         for part in options.only:
             worlds = sorted({*options.ranks, 8}) if part == "reading" else options.ranks

@@ -7,10 +7,13 @@ What is gained: a directory is committed whole or not at all, every byte has a c
 large tensors are cut into chunks, and a rank reads only the rows that it needs. Planning stays torch's, and reads are
 not exchanged between ranks; `reshard.save` and `reshard.load` do both themselves.
 What torch's planner has pickled is stored as it comes, and unpickled by torch, not by us.
+Of what several ranks hold under one name torch's planner keeps one rank's. Plain tensors, numbers and strings are compared
+before the commit, where the planner is torch's own or has its `state_dict`; DTensors of different meshes are not.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Collection, Iterable, Mapping
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor  # private: what FSDP1 leaves; torch 2.13.0
 from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import (
     LoadItemType,
     LoadPlan,
@@ -36,31 +40,48 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from reshard.checkpoint.api import step_for
+from reshard.checkpoint.api import is_plain, step_for
 from reshard.checkpoint.blocks import BlockWriter
 from reshard.checkpoint.commit import remove_temporary, temporary_directory
 from reshard.checkpoint.index import Chunk, Index
 from reshard.checkpoint.kinds import problem_of
 from reshard.checkpoint.load import open_index
-from reshard.checkpoint.manifest import FileEntry, Manifest, TensorEntry
+from reshard.checkpoint.manifest import FileEntry, Manifest, TensorEntry, crc32
 from reshard.checkpoint.metadata import described
 from reshard.checkpoint.offers import Spread
 from reshard.checkpoint.ours import refuse_others, remove
 from reshard.checkpoint.plan import check_coverage
 from reshard.checkpoint.reader import Files, Job, check_fillable, read_jobs
+from reshard.checkpoint.replicas import (
+    Differ,
+    check_differ,
+    checksum,
+    log_first,
+    log_sampled,
+    only_sampled,
+    ranks_with_much,
+    refusal,
+    sample_places,
+    samples,
+)
 from reshard.checkpoint.save import About, finish_save
 from reshard.checkpoint.state import Box, Known, bytes_of, cut_pieces, dtype_from_name, dtype_name, local_part
 from reshard.checkpoint.writer import Places, Stored, append_piece
 from reshard.errors import CheckpointError, NotACheckpoint
 from reshard.paths import is_address, local_path
 
+_WHOLE = WriteItemType.TENSOR, WriteItemType.BYTE_IO  # what each rank has as a whole, if it has it
+_ANYWHERE = Box((), ())  # of what is compared as a whole
+
 
 @dataclass(frozen=True)
 class _Target:
-    """What the coordinator tells a rank: where to write."""
+    """What the coordinator tells a rank: where to write, and which of its names other ranks have, too."""
 
     temporary: Path
     file: str
+    compared: frozenset[str] = frozenset()
+    sampled: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -72,20 +93,36 @@ class _Result:
     object: tuple[str, int, int] | None = None
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """What a rank tells the coordinator of the names that are compared."""
+
+    by_name: dict[str, int]
+
+
 class ReshardWriter(StorageWriter):
     """Writes one committed checkpoint directory for each dcp.save or dcp.async_save.
 
     path: the directory; `checkpoint_id` of the call takes precedence. step: for the record, by default from a name like
     `step-10`. An older checkpoint of the name is replaced when the new one is whole. A save that fails leaves a temporary
     directory beside it, which the next save of that name removes: torch does not tell a writer of another rank's failure.
+    differ: as `reshard.save`; "first" needs a planner that has the lowest rank write, which torch's own does if it is asked.
     Raises (torch hands it on inside of a CheckpointException) CheckpointError for what cannot be stored and for a directory
     that holds files of others, OSError.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, step: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str] | None = None, *, step: int | None = None, differ: Differ = "refuse"
+    ) -> None:
+        check_differ(differ)
         self._path = None if path is None else local_path(path)
-        self._step = step
-        self._temporary = Path()  # known to the coordinator only
+        self._step, self._differ = step, differ
+        self._offered: frozenset[str] = (
+            frozenset()
+        )  # by this rank, of which the planner may have others' written instead
+        self._temporary = Path()  # known to the coordinator only, as the next two are
+        self._holders: dict[str, tuple[int, ...]] = {}
+        self._sampled: frozenset[str] = frozenset()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Another directory."""
@@ -100,8 +137,10 @@ class ReshardWriter(StorageWriter):
             )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """As it is."""
-        return plan
+        """As it is; with what this rank has that others may have, too, of which the planner will keep one."""
+        self._offered = frozenset(item.index.fqn for item in plan.items)
+        whole = {item.index.fqn: item.tensor_storage_size() or 0 for item in plan.items if item.type in _WHOLE}
+        return replace(plan, storage_data=whole)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Coordinator: make the temporary directory, and give each rank a file in it."""
@@ -109,7 +148,19 @@ class ReshardWriter(StorageWriter):
         refuse_others(self._directory)
         remove_temporary(self._directory)  # what an earlier save of this name has left, which failed
         self._temporary = temporary_directory(self._directory, secrets.token_hex(8))
-        return [replace(p, storage_data=_Target(self._temporary, f"__{i}_0.distcp")) for i, p in enumerate(plans)]
+        sizes: dict[str, int] = {}
+        holders: dict[str, tuple[int, ...]] = {}
+        for rank, plan in enumerate(plans):
+            for name, nbytes in (plan.storage_data or {}).items():
+                sizes[name], holders[name] = nbytes, (*holders.get(name, ()), rank)
+        self._holders = {name: ranks for name, ranks in holders.items() if len(ranks) > 1}
+        much = ranks_with_much((sizes[name], ranks) for name, ranks in self._holders.items())
+        self._sampled = frozenset(n for n, ranks in self._holders.items() if only_sampled(sizes[n], ranks, much))
+        return [
+            replace(plan, storage_data=_Target(self._temporary, f"__{rank}_0.distcp", names, self._sampled & names))
+            for rank, plan in enumerate(plans)
+            for names in [frozenset(name for name, ranks in self._holders.items() if rank in ranks)]
+        ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's items into its file; durable when the future is done, which it is on return."""
@@ -120,9 +171,10 @@ class ReshardWriter(StorageWriter):
                 path=self._directory,
                 hint="enable_plan_caching=False, or reshard.save, which keeps plans by what they are for",
             )
-        _check_held(self._directory, planner, {item.index.fqn for item in plan.items})
+        _check_held(self._directory, planner, self._offered.union(item.index.fqn for item in plan.items))
+        sums = WriteResult(MetadataIndex(""), 0, _Sums(_sums(target, planner)))
         done: Future[list[WriteResult]] = Future()
-        done.set_result(self._write(target, plan.items, planner) if plan.items else [])
+        done.set_result([sums, *(self._write(target, plan.items, planner) if plan.items else [])])
         return done
 
     def _write(self, target: _Target, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
@@ -164,8 +216,10 @@ class ReshardWriter(StorageWriter):
         return shape, data.detach(), box, data.dtype
 
     def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
-        """Coordinator: write index and manifest, commit."""
-        told: list[tuple[str, _Result]] = [(r.index.fqn, r.storage_data) for of_rank in results for r in of_rank]
+        """Coordinator: compare what ranks have under one name, write index and manifest, commit."""
+        told: list[tuple[str, _Result]] = [
+            (r.index.fqn, r.storage_data) for of_rank in results for r in of_rank if isinstance(r.storage_data, _Result)
+        ]
         tensors = {
             name: TensorEntry(tuple(entry.size), dtype_name(entry.properties.dtype))
             for name, entry in metadata.state_dict_metadata.items()
@@ -173,6 +227,7 @@ class ReshardWriter(StorageWriter):
         }
         stored = [piece for _, result in told for piece in result.pieces]
         try:
+            self._compare(results)
             self._check_stored(tensors, stored)
             finish_save(
                 self._temporary,
@@ -197,6 +252,29 @@ class ReshardWriter(StorageWriter):
             check_coverage(name, Spread(entry, holders[name]))
             if any(len(twice) > 1 for twice in holders[name].values()):
                 raise _refused(self._directory, name, "stored twice by torch's plan")
+
+    def _compare(self, results: list[list[WriteResult]]) -> None:
+        """Raise CheckpointError where ranks differ, or where not the lowest rank has written what should be its."""
+        sums = [r.storage_data.by_name for of_rank in results for r in of_rank if isinstance(r.storage_data, _Sums)]
+        different = {}
+        for name, ranks in self._holders.items():
+            others = [rank for rank in ranks if sums[rank].get(name) != sums[ranks[0]].get(name)]
+            if others:
+                different[name, _ANYWHERE] = [ranks[0], *others]
+        if different and self._differ == "refuse":
+            raise refusal(self._directory, different)
+        log_sampled(self._directory, len(self._sampled))
+        firsts = self._sampled | {name for name, _ in different} if self._differ == "first" else frozenset()
+        for rank, of_rank in enumerate(results):
+            for name in firsts.intersection(result.index.fqn for result in of_rank):
+                if rank != self._holders[name][0]:
+                    raise CheckpointError(
+                        f"`{self._directory}` was not saved: `{name}` was written by rank {rank}, "
+                        f"expected rank {self._holders[name][0]}, the lowest that has it",
+                        path=self._directory,
+                        hint="planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True)",
+                    )
+        log_first(self._directory, different)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -298,7 +376,7 @@ def _check_held(
     Raises CheckpointError.
     """
     known = Known()
-    for name, tensor in getattr(planner, "state_dict", {}).items():
+    for name, tensor in _objects_of(planner).items():
         if name in names and isinstance(tensor, Tensor) and not isinstance(tensor, ShardedTensor):
             problem = problem_of(tensor)
             if problem is not None:
@@ -310,6 +388,27 @@ def _check_held(
 
 def _refused(directory: Path, name: str, problem: str) -> CheckpointError:
     return CheckpointError(f"`{name}` cannot be a part of checkpoint `{directory}`: it is {problem}", path=directory)
+
+
+def _objects_of(planner: SavePlanner | LoadPlanner) -> Mapping[str, Any]:
+    """What is saved or filled, by name; nothing where the planner is not torch's own, nor like it."""
+    objects: Mapping[str, Any] = getattr(planner, "state_dict", {})
+    return objects
+
+
+def _sums(target: _Target, planner: SavePlanner) -> dict[str, int]:
+    """Checksums of what other ranks have, too: plain tensors and values. Other objects are not compared."""
+    objects = _objects_of(planner)
+    places = sample_places(crc32(target.temporary.name.encode()))  # of this save, on all ranks
+    sums = {}
+    for name in target.compared:
+        value = objects.get(name)
+        if isinstance(value, Tensor):
+            part = value.detach()
+            sums[name] = checksum(samples([part], places) if name in target.sampled else [part])
+        elif is_plain(value):
+            sums[name] = crc32(json.dumps(value).encode())
+    return sums
 
 
 def _given(path: Path | None) -> Path:

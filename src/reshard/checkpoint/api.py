@@ -10,6 +10,7 @@ lists of them are stored as JSON in one more tensor: nothing is ever pickled, an
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
@@ -28,14 +29,18 @@ from reshard.checkpoint.left_out import Held, Wanted, left_out
 from reshard.checkpoint.load import load as load_tensors
 from reshard.checkpoint.load import open_index
 from reshard.checkpoint.manifest import crc32_hex
+from reshard.checkpoint.plan import Planner
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.reader import read_objects
+from reshard.checkpoint.replicas import HINT, Differ, against, check_differ
 from reshard.checkpoint.save import About
 from reshard.checkpoint.save import save as save_state
 from reshard.checkpoint.saver import Saver
 from reshard.checkpoint.state import State, bytes_of
-from reshard.errors import CheckpointError, TensorMismatch
+from reshard.errors import CheckpointError, TensorMismatch, listed
 from reshard.paths import local_path
+
+logger = logging.getLogger(__name__)
 
 VALUES = "reshard.values"  # the tensor that holds what is no tensor: JSON in UTF-8, one number for each byte
 _PLAIN = (bool, int, float, str, type(None))
@@ -47,20 +52,25 @@ def save(
     *,
     process_group: dist.ProcessGroup | None = None,
     step: int | None = None,
+    differ: Differ = "refuse",
 ) -> None:
     """Save a nested state dict as one committed checkpoint directory. Every rank calls it, with its part.
 
     state_dict: dicts and lists, with tensors, DTensors, numbers, strings, booleans and None at the ends. A plain tensor
-    or a value is taken to be the same on every rank that has it. process_group: of the ranks that save together, able to
+    or a value has to be the same on every rank that has it, and is compared; so are parts that DTensors of different
+    meshes claim under one name. process_group: of the ranks that save together, able to
     move CPU tensors; None takes all ranks, or this process alone where torch.distributed is not initialised.
     step: for the record; None takes it from a name like `step-10`.
+    differ: what becomes of a save whose ranks differ: "refuse", or "first", which stores what the lowest rank has and
+    names it in the log (batch norm under DDP needs it). Compared are all bytes, of up to 64 MiB a rank; of what is more,
+    64 numbers of each tensor, at other places in each save, and the log says so.
     An older checkpoint of this name is replaced only when the new one is whole; an empty directory is used.
     Raises CheckpointError on every rank, and then nothing is left of this save: for what cannot be stored, for values on
     which ranks disagree, for a directory that holds what is not ours, for a disk that refuses.
     """
     ranks = _ranks(process_group)
-    directory, state, about = _state(path, state_dict, step, ranks)
-    save_state(directory, state, about, ranks)
+    directory, state, about = _state(path, state_dict, step, ranks, differ)
+    save_state(directory, state, about, ranks, planner=Planner(ranks, differ))
 
 
 def load(
@@ -143,27 +153,41 @@ class AsyncSaver:
                 saver.save(f"checkpoints/step-{step}", state)       # returns as soon as the state is copied
 
     One save is in flight at a time: the next one waits for it, and raises what it has failed with.
-    process_group: as `save`. write_limit_mb_s: of each rank, so that writing leaves the disk and the cores to training.
+    process_group, differ: as `save`. write_limit_mb_s: of each rank, so that writing leaves the disk and the cores to
+    training.
     """
 
-    def __init__(self, *, process_group: dist.ProcessGroup | None = None, write_limit_mb_s: float = 0) -> None:
-        self._ranks, self._process_group = _ranks(process_group), process_group
+    def __init__(
+        self,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        write_limit_mb_s: float = 0,
+        differ: Differ = "refuse",
+    ) -> None:
+        self._ranks, self._process_group, self._differ = _ranks(process_group), process_group, differ
         background = Ranks()
         if self._ranks.size > 1:
             members = dist.get_process_group_ranks(process_group or dist.group.WORLD)
-            background = Ranks(dist.new_group(members, backend="gloo", use_local_synchronization=True))
-        self._saver = Saver(self._ranks, background, write_limit_mb_s * 1e6)
+            # Of all ranks, a group is made by all: torch's way for some of them hangs where one is in more groups than another.
+            some = len(members) < dist.get_world_size()
+            background = Ranks(dist.new_group(members, backend="gloo", use_local_synchronization=some))
+        self._saver = Saver(self._ranks, background, write_limit_mb_s * 1e6, differ)
 
     def save(self, path: str | os.PathLike[str], state_dict: Mapping[str, Any], *, step: int | None = None) -> None:
-        """Begin to save; arguments and errors as `reshard.save`, those of writing are raised by the next call."""
+        """Begin to save; arguments and errors as `reshard.save`, those of writing are raised by the next call.
+
+        What the caller does next changes nothing in what is saved. On CUDA copies may still be under way: what this
+        thread queues next on the current stream of each device waits for them; other streams of the caller do not.
+        """
         if not _ranks(self._process_group).are(self._ranks):
             raise CheckpointError(
                 f"`{path}` cannot be saved: torch.distributed was set up anew since this AsyncSaver was made",
                 path=os.fspath(path),
                 hint="make another: reshard.AsyncSaver()",
             )
-        directory, state, about = _state(path, state_dict, step, self._ranks)
+        directory, state, about = _state(path, state_dict, step, self._ranks, self._differ)
         self._saver.start(directory, state, about)
+        self._saver.fence()
 
     def wait(self) -> None:
         """Until nothing is in flight. Raises what the save has failed with."""
@@ -196,7 +220,7 @@ def _leaves(directory: Path, state_dict: Mapping[str, Any]) -> Iterator[_Leaf]:
         problem = None
         if isinstance(leaf.value, Tensor):
             problem = problem_of(leaf.value)
-        elif not _is_plain(leaf.value):
+        elif not is_plain(leaf.value):
             problem = f"a {type(leaf.value).__name__}, expected a tensor, a number, a string, or a list or dict of them"
         if leaf.name in names or leaf.name == VALUES:
             problem = "another part of the state dict, or ours, which has the same name"
@@ -211,35 +235,44 @@ def _leaves(directory: Path, state_dict: Mapping[str, Any]) -> Iterator[_Leaf]:
 def _walk(node: Any, path: tuple[str, ...]) -> Iterator[_Leaf]:
     for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
         here = (*path, str(key))
-        if isinstance(value, Mapping) or (isinstance(value, list) and not _is_plain(value)):
+        if isinstance(value, Mapping) or (isinstance(value, list) and not is_plain(value)):
             yield from _walk(value, here)
         else:
             yield _Leaf(here, value, partial(setitem, node, key))
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """A number or a string, or nothing but such in lists: one value, as DCP has it, too."""
-    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, _PLAIN)
+    return all(map(is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, _PLAIN)
 
 
 def _state(
-    path: str | os.PathLike[str], state_dict: Mapping[str, Any], step: int | None, ranks: Ranks
+    path: str | os.PathLike[str], state_dict: Mapping[str, Any], step: int | None, ranks: Ranks, differ: Differ
 ) -> tuple[Path, State, About]:
     """Where to save what: the tensors, nested as they came, and all ranks' values in one more. Collective."""
     leaves: list[_Leaf] = []
     told: list[About] = []
 
-    def look() -> str:
+    def look() -> tuple[str, str]:
+        check_differ(differ)
         told.append(_about(local_path(path), step))
         leaves.extend(_leaves(Path(path), state_dict))
-        return crc32_hex(as_json().encode())
+        return crc32_hex(as_json().encode()), differ
 
     def as_json() -> str:  # also as it travels: a number may be of a class that other processes cannot find
         return json.dumps(_values(leaves))
 
-    alike = len(set(ranks.everywhere(look))) == 1
+    sums, differs = (set(said) for said in zip(*ranks.everywhere(look), strict=True))
     directory = Path(path)
-    values = _values(leaves) if alike else _merged(directory, map(json.loads, ranks.everywhere(as_json)))
+    if len(differs) > 1:
+        raise CheckpointError(
+            f'`{directory}` was not saved: some ranks ask for differ="refuse", others for "first"',
+            path=directory,
+            hint="pass the same differ on all ranks",
+        )
+    values = _values(leaves)
+    if len(sums) > 1:
+        values = _merged(directory, ranks, map(json.loads, ranks.everywhere(as_json)), differ)
     state: dict[str, Any] = {}
     for leaf in leaves:
         if isinstance(leaf.value, Tensor):
@@ -256,19 +289,29 @@ def _values(leaves: list[_Leaf]) -> dict[str, Any]:
     return {leaf.name: leaf.value for leaf in leaves if not isinstance(leaf.value, Tensor)}
 
 
-def _merged(directory: Path, of_ranks: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _merged(directory: Path, ranks: Ranks, of_ranks: Iterable[dict[str, Any]], differ: Differ) -> dict[str, Any]:
     """One set of values. Raises CheckpointError for those that are not the same on all ranks that have them."""
-    merged: dict[str, Any] = {}
+    holders: dict[str, list[tuple[int, Any]]] = {}
     for rank, values in enumerate(of_ranks):
         for name, value in values.items():
-            if json.dumps(merged.setdefault(name, value)) != json.dumps(value):
-                raise CheckpointError(
-                    f"`{name}` in checkpoint `{directory}` would be {value!r} by rank {rank} and {merged[name]!r} by "
-                    "another: a value has to be the same on all ranks",
-                    path=directory,
-                    hint="give each rank's value a name of its own, or make it a DTensor with a part on each rank",
-                )
-    return merged
+            holders.setdefault(name, []).append((rank, value))
+    told = []
+    for name, held in holders.items():
+        lowest, first = held[0]
+        others = [(rank, value) for rank, value in held if json.dumps(value) != json.dumps(first)]
+        if others:
+            rank, value = others[0]
+            who = against(lowest, [rank for rank, _ in others])
+            told.append(f"`{name}` {who}: {value!r} by rank {rank}, {first!r} by rank {lowest}")
+    if told and differ == "refuse":
+        raise CheckpointError(
+            f"ranks hold other values under one name, so `{directory}` was not saved: {listed(told)}",
+            path=directory,
+            hint=HINT,
+        )
+    if told and ranks.is_first:
+        logger.warning("%s: the lowest rank's values are stored of %s", directory, ", ".join(told))
+    return {name: held[0][1] for name, held in holders.items()}
 
 
 def _stored(directory: Path) -> tuple[dict[str, Any], Held]:
@@ -280,7 +323,7 @@ def _stored(directory: Path) -> tuple[dict[str, Any], Held]:
         load_tensors(directory, {VALUES: text}, Ranks())
         values = json.loads(bytes(bytes_of(text)))
     elif manifest is None:
-        values = {name: value for name, value in read_objects(directory, index).items() if _is_plain(value)}
+        values = {name: value for name, value in read_objects(directory, index).items() if is_plain(value)}
     names = dict.fromkeys((*index.tensors, *values, *index.objects))
     names.pop(VALUES, None)
     return values, Held(list(names), index.paths, index.objects.keys() - values.keys())

@@ -29,6 +29,10 @@ _HARMLESS = {
 def problem_of(tensor: Tensor) -> str | None:
     """What it is, where that cannot be stored or filled, in words that follow `it is`; None where it can."""
     kind = type(tensor)
+    if kind is not DTensor and (protocol := _part_by(tensor)):
+        return (
+            f"a part of a tensor, as its {protocol} says, which is not read yet; expected a DTensor, which says it, too"
+        )
     if kind not in _KNOWN:
         if isinstance(tensor, ShardedTensor):
             return "a ShardedTensor, expected DTensors (FSDP2)"
@@ -43,6 +47,13 @@ def problem_of(tensor: Tensor) -> str | None:
     if not archive.supported(tensor.dtype):
         return f"of dtype {tensor.dtype}, which cannot be stored"
     return None
+
+
+def _part_by(tensor: Tensor) -> str | None:
+    """What says of a tensor that it is only a part? None where nothing does."""
+    if hasattr(tensor, "__create_chunk_list__") and not isinstance(tensor, ShardedTensor):
+        return "__create_chunk_list__"  # DCP's protocol, by which DTensors tell their part, too
+    return "global_shape" if hasattr(tensor, "global_shape") and hasattr(tensor, "local_offsets") else None
 
 
 def _is_plain_class(kind: type) -> bool:

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 
 from reshard.checkpoint.manifest import TensorEntry
 from reshard.checkpoint.state import Box, dtype_from_name
@@ -24,12 +25,14 @@ Path = tuple[str, ...]
 class Names:
     """The part of an offer that many ranks have in common.
 
-    kinds: name -> number of its kind, in the order of the rank's state. entries: of each kind. paths: name -> its place
-    in the nested state, also of tensors of which this rank has nothing.
+    kinds: name -> number of its kind, in the order of the rank's state. entries: of each kind. meshes: of each kind, the
+    mesh that declares which ranks hold replicas of each other; None: nobody does. paths: name -> its place in the nested
+    state, also of tensors of which this rank has nothing.
     """
 
     kinds: dict[str, int]
     entries: list[TensorEntry]
+    meshes: list[str | None]
     paths: dict[str, Path]
 
 
@@ -43,20 +46,28 @@ class Offer:
         )  # `packed` travels and is compared, it is unpacked once for all equal ones
 
     @staticmethod
-    def of(parts: Iterable[tuple[str, TensorEntry, Box]], paths: Mapping[str, Path] | None = None) -> Offer:
-        """parts: name, whole tensor and box, each once. Raises CheckpointError where they contradict each other."""
+    def of(
+        parts: Iterable[tuple[str, TensorEntry, Box]],
+        paths: Mapping[str, Path] | None = None,
+        meshes: Mapping[str, str] = MappingProxyType({}),
+    ) -> Offer:
+        """parts: name, whole tensor and box, each once. meshes: of the names that have one.
+
+        Raises CheckpointError where parts contradict each other.
+        """
         by_name: dict[str, tuple[TensorEntry, list[Box]]] = {}
         for name, entry, box in parts:
             known, boxes = by_name.setdefault(name, (entry, []))
             if known != entry or box in boxes:
                 raise CheckpointError(f"`{name}` is offered twice: {entry} {box} after {known} {boxes}")
             boxes.append(box)
-        numbers: dict[tuple[TensorEntry, tuple[Box, ...]], int] = {}
+        numbers: dict[tuple[TensorEntry, tuple[Box, ...], str | None], int] = {}
         kinds = {
-            name: numbers.setdefault((entry, tuple(boxes)), len(numbers)) for name, (entry, boxes) in by_name.items()
+            name: numbers.setdefault((entry, tuple(boxes), meshes.get(name)), len(numbers))
+            for name, (entry, boxes) in by_name.items()
         }
-        text = json.dumps((kinds, [(entry.shape, entry.dtype) for entry, _ in numbers], dict(paths or {})))
-        return Offer(zlib.compress(text.encode(), 1), [boxes for _, boxes in numbers])
+        text = json.dumps((kinds, [(entry.shape, entry.dtype, mesh) for entry, _, mesh in numbers], dict(paths or {})))
+        return Offer(zlib.compress(text.encode(), 1), [boxes for _, boxes, _ in numbers])
 
     @cached_property
     def names(self) -> Names:
@@ -64,7 +75,8 @@ class Offer:
         kinds, entries, paths = json.loads(zlib.decompress(self.packed))
         return Names(
             kinds,
-            [TensorEntry(tuple(shape), dtype) for shape, dtype in entries],
+            [TensorEntry(tuple(shape), dtype) for shape, dtype, _ in entries],
+            [mesh for _, _, mesh in entries],
             {name: tuple(path) for name, path in paths.items()},
         )
 
@@ -81,10 +93,14 @@ class Offer:
 
 @dataclass
 class Spread:
-    """How tensors of one kind lie on all ranks. holders: box -> the ranks that have it, ascending."""
+    """How tensors of one kind lie on all ranks. holders: box -> the ranks that have it, ascending.
+
+    meshes: ranks that have something of it, and the mesh that says so.
+    """
 
     entry: TensorEntry
     holders: dict[Box, list[int]] = field(default_factory=dict)
+    meshes: list[tuple[list[int], str | None]] = field(default_factory=list)
 
     @cached_property
     def item_bytes(self) -> int:
@@ -95,6 +111,19 @@ class Spread:
     def shared(self) -> list[tuple[Box, list[int]]]:
         """The boxes that several ranks have."""
         return [(box, ranks) for box, ranks in self.holders.items() if len(ranks) > 1]
+
+    @cached_property
+    def undeclared(self) -> list[tuple[Box, int, tuple[int, ...]]]:
+        """The shared boxes whose ranks no one mesh declares to be replicas; their bytes and their ranks."""
+        meshes = {mesh for _, mesh in self.meshes}
+        if len(meshes) == 1 and None not in meshes:
+            return []
+        mesh_of = {rank: mesh for ranks, mesh in self.meshes for rank in ranks}
+        return [
+            (box, box.volume * self.item_bytes, tuple(ranks))
+            for box, ranks in self.shared
+            if mesh_of[ranks[0]] is None or len({mesh_of[rank] for rank in ranks}) > 1
+        ]
 
 
 def spreads(offers: Sequence[Offer]) -> dict[str, Spread]:
@@ -131,7 +160,8 @@ def _spread(
             f"`{name}` is not the same tensor on all ranks: {each}",
             hint="give each rank's tensor a name of its own, or make it a DTensor with a part on each rank",
         )
-    spread = Spread(entries[0])
+    meshes = [(groups[number][0], groups[number][1].meshes[kind]) for number, kind in membership]
+    spread = Spread(entries[0], meshes=meshes)
     of_rank = {rank: kind for number, kind in membership for rank in groups[number][0]}
     for rank in sorted(of_rank):
         for box in offers[rank].boxes[of_rank[rank]]:

@@ -1,30 +1,44 @@
-"""Who writes what? One plan that all ranks agree on, gathered again only when somebody's part has changed."""
+"""Who writes what? One plan that all ranks agree on, gathered again only when somebody's part has changed.
+
+Whether what they hold under one name is the same is asked at every save; see replicas.py.
+"""
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from reshard.checkpoint.manifest import TensorEntry
 from reshard.checkpoint.offers import Offer, Spread, spreads
 from reshard.checkpoint.ranks import Ranks
+from reshard.checkpoint.replicas import (
+    Differ,
+    Key,
+    Undeclared,
+    differing,
+    log_first,
+    log_sampled,
+    refusal,
+    undeclared,
+)
 from reshard.checkpoint.state import Box, Piece
 from reshard.errors import CheckpointError, listed
-
-Key = tuple[str, Box]
 
 
 @dataclass(frozen=True)
 class SavePlan:
-    """The whole save, as rank `rank` sees it. paths: name -> its place in the nested state."""
+    """The whole save, as rank `rank` sees it. paths: name -> its place in the nested state. compared: before each save."""
 
     rank: int
     tensors: Mapping[str, TensorEntry]
     paths: Mapping[str, tuple[str, ...]]
     offers: Sequence[Offer]
     writers: Mapping[Key, int]  # of what several ranks hold; the rest is written by its only holder
+    compared: Sequence[Undeclared] = ()
 
     @cached_property
     def mine(self) -> frozenset[Key]:
@@ -38,51 +52,89 @@ class SavePlan:
                 yield name, entry, box
 
 
-class Planner:
-    """Makes plans, and keeps them: a run saves the same tensors in the same way each time. For the ranks of one group."""
+@dataclass(frozen=True)
+class Offered:
+    """What one rank holds of a state. paths: name -> its place in the nested state. meshes: of the names that have one."""
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    pieces: list[Piece]
+    paths: Mapping[str, tuple[str, ...]]
+    meshes: Mapping[str, str]
+
+
+class Planner:
+    """Makes plans, and keeps them: a run saves the same tensors in the same way each time. For the ranks of one group.
+
+    differ: what becomes of a save for which ranks hold other numbers under one name; see replicas.py.
+    """
+
+    def __init__(self, ranks: Ranks, differ: Differ = "refuse") -> None:
+        self._ranks, self._differ = ranks, differ
         self._plans: dict[object, tuple[int, SavePlan]] = {}  # with its number, the same on all ranks
         self._made = 0
+        # Plan, what the lowest rank writes, both together.
+        self._firsts: dict[object, tuple[SavePlan, frozenset[Key], SavePlan]] = {}
 
-    def begin(
-        self, offer: Callable[[], tuple[list[Piece], Mapping[str, tuple[str, ...]]]]
-    ) -> tuple[list[Piece], Planning]:
+    def begin(self, directory: Path, offered: Callable[[], Offered]) -> tuple[list[Piece], Planning]:
         """Ask whether all ranks have the same plan for what they offer, without waiting for the answer. Collective, as is
-        the planning's `plan`: two numbers where they have, else one gathering, which also brings what `offer` has raised.
+        the planning's `plan`: a few numbers where they have, else one gathering, which also brings what `offered` has
+        raised; and what nobody has declared to be replicas is compared.
 
-        offer: pieces and paths. Plans are found by everything that decides them: names, shapes, dtypes, boxes and paths;
-        and are taken only where those of all ranks are of one gathering. Returns the pieces, none where `offer` failed.
+        Plans are found by everything that decides them: names, shapes, dtypes, boxes, meshes and paths; and are taken only
+        where those of all ranks are of one gathering. directory: for what is said of it. Returns the pieces, none where
+        `offered` failed.
         """
-        pieces: list[Piece] = []
-        paths: Mapping[str, tuple[str, ...]] = {}
+        own = Offered([], {}, {})
         key: object = None
         failure: BaseException | None = None
         try:
-            pieces, paths = offer()
-            key = tuple((p.fqn, p.shape, p.dtype, p.box) for p in pieces), tuple(paths.items())
+            own = offered()
+            key = (
+                tuple((p.fqn, p.shape, p.dtype, p.box) for p in own.pieces),
+                tuple(own.paths.items()),
+                tuple(own.meshes.items()),
+            )
         except BaseException as error:  # told to all ranks by `plan`
             failure = error
-        number, guess = self._plans.get(key, (0, None))
-        numbers = self._ranks.begin_maximum(number, -number)
+        number, known = self._plans.get(key, (0, None))
+        guess = self._firsts[key][2] if key in self._firsts else known
+        told = self._ranks.begin_maximum(number, -number, secrets.randbelow(1 << 31))
 
         def say() -> Offer:
             if failure is not None:
                 raise failure
-            return offer_of(pieces, paths)
+            return offer_of(own)
 
         def answer() -> SavePlan:
-            highest, lowest = numbers()
-            if guess is not None and highest == -lowest:
-                return guess
-            offers = self._ranks.everywhere(say)
-            self._made += 1
-            plan = make_plan(offers, self._ranks.rank)
-            self._plans[key] = self._made, plan
-            return plan
+            highest, lowest, salt = told()
+            plan = known
+            if plan is None or highest != -lowest:
+                offers = self._ranks.everywhere(say)
+                self._made += 1
+                plan = make_plan(offers, self._ranks.rank)
+                self._plans[key] = self._made, plan
+            return self._compared(directory, plan, key, own.pieces, salt)
 
-        return pieces, Planning(guess, answer)
+        return own.pieces, Planning(guess, answer)
+
+    def _compared(self, directory: Path, plan: SavePlan, key: object, pieces: Sequence[Piece], salt: int) -> SavePlan:
+        """The plan, if the ranks hold the same; or one by which the lowest rank writes what differs, or may differ."""
+        different = differing(plan.compared, pieces, self._ranks, salt)
+        if different and self._differ == "refuse":
+            raise refusal(directory, different)
+        sampled = [key for parts in plan.compared if parts.sampled for key in parts.keys]
+        if self._ranks.is_first:
+            log_sampled(directory, len(sampled))
+            log_first(directory, different)
+        firsts = frozenset([*sampled, *different]) if self._differ == "first" else frozenset()
+        if not firsts:
+            self._firsts.pop(key, None)
+            return plan
+        of, before, both = self._firsts.get(key, (None, None, plan))
+        if of is not plan or before != firsts:
+            lowest = {key: parts.ranks[0] for parts in plan.compared for key in parts.keys if key in firsts}
+            both = replace(plan, writers={**plan.writers, **lowest})
+            self._firsts[key] = plan, firsts, both
+        return both
 
 
 @dataclass(frozen=True)
@@ -93,9 +145,9 @@ class Planning:
     plan: Callable[[], SavePlan]
 
 
-def offer_of(pieces: Iterable[Piece], paths: Mapping[str, tuple[str, ...]]) -> Offer:
-    """What the others must know of pieces: everything but their numbers."""
-    return Offer.of(((p.fqn, TensorEntry(p.shape, p.dtype), p.box) for p in pieces), paths)
+def offer_of(own: Offered) -> Offer:
+    """What the others must know of what this rank holds: everything but the numbers."""
+    return Offer.of(((p.fqn, TensorEntry(p.shape, p.dtype), p.box) for p in own.pieces), own.paths, own.meshes)
 
 
 def make_plan(offers: Sequence[Offer], rank: int) -> SavePlan:
@@ -110,7 +162,8 @@ def make_plan(offers: Sequence[Offer], rank: int) -> SavePlan:
     writers = assign(tensors, len(offers))
     different = {offer.packed: offer.names for offer in offers}.values()
     paths = {name: path for names in different for name, path in names.paths.items()}
-    return SavePlan(rank, {name: spread.entry for name, spread in tensors.items()}, paths, offers, writers)
+    entries = {name: spread.entry for name, spread in tensors.items()}
+    return SavePlan(rank, entries, paths, offers, writers, undeclared(tensors))
 
 
 def assign(tensors: Mapping[str, Spread], ranks: int) -> dict[Key, int]:

@@ -22,9 +22,9 @@ from reshard.checkpoint.layout import METADATA, entries, step_of
 from reshard.checkpoint.manifest import FileEntry, Kind, Manifest, TensorEntry, crc32_hex
 from reshard.checkpoint.metadata import write_metadata
 from reshard.checkpoint.offers import Offer
-from reshard.checkpoint.plan import Planner, Planning, SavePlan, make_plan
+from reshard.checkpoint.plan import Offered, Planner, Planning, SavePlan, make_plan
 from reshard.checkpoint.ranks import Ranks
-from reshard.checkpoint.state import Box, Known, Piece, State, flatten, pieces_of
+from reshard.checkpoint.state import Box, Known, Piece, State, flatten, mesh_names, pieces_of
 from reshard.checkpoint.writer import Places, Stored, Written, write_pieces
 from reshard.errors import CheckpointError, NotACheckpoint, StorageError
 from reshard.model.spec import LlamaSpec
@@ -56,38 +56,43 @@ def save(
     """Save a state that all ranks hold together as one committed directory. Collective.
 
     dtype: floating-point tensors are written in it; None keeps their own. planner: of these ranks, for repeated saves.
-    Raises on every rank: StorageError where any rank's disk refused. Then the directory does not exist, or is the
-    older one, and nothing of this save is left.
+    Raises on every rank: CheckpointError where ranks hold other numbers under one name; StorageError where any rank's
+    disk refused. Then the directory does not exist, or is the older one, and nothing of this save is left.
     """
-    pieces, plan = plan_save(state, dtype, planner or Planner(ranks))
+    pieces, plan = plan_save(directory, state, dtype, planner or Planner(ranks))
     return write_and_commit(directory, pieces, plan, about, ranks)
 
 
 @collector_at_rest()
-def plan_save(state: State, dtype: torch.dtype | None, planner: Planner) -> tuple[list[Piece], SavePlan]:
-    """The pieces that this rank will write, and the plan for all. Collective."""
-    offered, planning = begin_plan(state, dtype, planner)
+def plan_save(
+    directory: Path, state: State, dtype: torch.dtype | None, planner: Planner
+) -> tuple[list[Piece], SavePlan]:
+    """The pieces that this rank will write, and the plan for all. Collective. Raises as `save`."""
+    offered, planning = begin_plan(directory, state, dtype, planner)
     plan = planning.plan()
     return mine(offered, plan), plan
 
 
 @collector_at_rest()
-def begin_plan(state: State, dtype: torch.dtype | None, planner: Planner) -> tuple[list[Piece], Planning]:
+def begin_plan(
+    directory: Path, state: State, dtype: torch.dtype | None, planner: Planner
+) -> tuple[list[Piece], Planning]:
     """All pieces that this rank holds, and the plan that the ranks are agreeing on. Collective.
 
     The planning raises on all ranks what making the pieces has raised on one.
     """
 
-    def offer() -> tuple[list[Piece], dict[str, tuple[str, ...]]]:
+    def offered() -> Offered:
         flat, known = flatten(state), Known()
         pieces = [
             piece
             for fqn, (_, tensor) in flat.items()
             for piece in pieces_of(fqn, tensor, dtype if tensor.is_floating_point() else None, known)
         ]
-        return pieces, {fqn: path for fqn, (path, _) in flat.items()}
+        paths = {fqn: path for fqn, (path, _) in flat.items()}
+        return Offered(pieces, paths, mesh_names({fqn: tensor for fqn, (_, tensor) in flat.items()}))
 
-    return planner.begin(offer)
+    return planner.begin(directory, offered)
 
 
 def mine(offered: Iterable[Piece], plan: SavePlan) -> list[Piece]:

@@ -9,23 +9,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from reshard.checkpoint.blocks import Throttle
 from reshard.checkpoint.manifest import Manifest
 from reshard.checkpoint.ours import refuse_others
 from reshard.checkpoint.plan import Planner, SavePlan
 from reshard.checkpoint.ranks import Ranks
+from reshard.checkpoint.replicas import Differ
 from reshard.checkpoint.save import About, begin_plan, mine, plan_save, write_and_commit
-from reshard.checkpoint.state import Piece, State, dtype_from_name
+from reshard.checkpoint.staging import Arena, Staged
+from reshard.checkpoint.state import Piece, State
 
 logger = logging.getLogger(__name__)
 
@@ -47,53 +45,58 @@ class Saver:
 
     ranks: for planning, in the training's own thread. background: the ranks over another group, for the writing
     thread; None saves at once. write_limit: bytes per second of this rank's background writing; 0: no limit.
+    differ: what becomes of a save for which ranks hold other numbers under one name; see replicas.py.
+    arena: where numbers are copied to; None makes one.
     """
 
-    def __init__(self, ranks: Ranks, background: Ranks | None = None, write_limit: float = 0) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        background: Ranks | None = None,
+        write_limit: float = 0,
+        differ: Differ = "refuse",
+        arena: Arena | None = None,
+    ) -> None:
         self._ranks, self._background, self._write_limit = ranks, background, write_limit
-        self._planner = Planner(ranks)
-        self._arena: Tensor | None = None
+        self._planner = Planner(ranks, differ)
+        self._arena = arena or Arena()
+        self._staged: Staged | None = None  # what the caller must not change before `fence`
         self._thread: threading.Thread | None = None
         self._outcome: Saved | BaseException | None = None
-        self._copied: Any = None  # CUDA event: the arena has everything
-        self._stream: Any = None  # CUDA stream: one, so that copies into the arena follow each other
         self.last_save_id: str | None = None
 
     def start(self, directory: Path, state: State, about: About, dtype: torch.dtype | None = None) -> list[Saved]:
         """Save, or begin to. Collective. Returns the saves that are over by now, this one included if it was at once.
 
-        about.parent is taken from the save before, where there was one. Raises what an earlier save has failed with,
-        and CheckpointError where the directory holds what is not ours.
+        about.parent is taken from the save before, where there was one. What the state holds may change after `fence`.
+        Raises what an earlier save has failed with, and CheckpointError where ranks hold other numbers under one name or
+        the directory holds what is not ours.
         """
         over = self.collect()
         began = time.perf_counter()
         self._ranks.on_first(lambda: refuse_others(directory))
         about = replace(about, parent=self.last_save_id or about.parent)
         if self._background is None:
-            pieces, plan = plan_save(state, dtype, self._planner)
+            pieces, plan = plan_save(directory, state, dtype, self._planner)
             manifest = write_and_commit(directory, pieces, plan, about, self._ranks)
             self.last_save_id = manifest.save_id
             seconds = time.perf_counter() - began
             return [*over, Saved(directory, manifest, seconds, seconds)]
-        # That nobody's part has changed is agreed on while we copy: ranks that come late are not waited for twice.
-        offered, planning = begin_plan(state, dtype, self._planner)
-        staged, failure = self._try_to_stage(offered, planning.guess)
-        plan = planning.plan()
-        if plan is not planning.guess:
-            staged, failure = self._try_to_stage(offered, plan)
+        staged, failure, plan = self._stage(directory, state, dtype)
+        self._staged = staged
         stall = time.perf_counter() - began
-        copied, ranks, throttle = self._copied, self._background, _throttle(self._write_limit)
+        ranks, throttle = self._background, _throttle(self._write_limit)
 
         def copy_is_there() -> None:
             if failure is not None:
                 raise failure
-            if copied is not None:
-                copied.synchronize()
+            if staged is not None:
+                staged.wait()
 
         def work() -> None:
             try:
                 ranks.everywhere(copy_is_there)  # nobody writes while another still copies, and its training waits
-                manifest = write_and_commit(directory, staged, plan, about, ranks, throttle)
+                manifest = write_and_commit(directory, staged.pieces if staged else [], plan, about, ranks, throttle)
                 self._outcome = Saved(directory, manifest, stall, time.perf_counter() - began)
             except BaseException as error:  # the thread's own end: it is raised again by `collect`, on every rank
                 self._outcome = error
@@ -121,44 +124,34 @@ class Saver:
         return [outcome]
 
     def fence(self) -> None:
-        """Call it before weights change: on CUDA their copy may still be under way. (Not yet run on a GPU.)"""
-        if self._copied is not None:
-            torch.cuda.current_stream().wait_event(self._copied)
-            self._copied = None
+        """Call it before weights change: on CUDA their copy may still be under way."""
+        if self._staged is not None:
+            self._staged.hold_callers()
+            self._staged = None
 
-    def _try_to_stage(self, offered: list[Piece], plan: SavePlan | None) -> tuple[list[Piece], BaseException | None]:
+    def _stage(
+        self, directory: Path, state: State, dtype: torch.dtype | None
+    ) -> tuple[Staged | None, BaseException | None, SavePlan]:
+        """Agree on a plan, and copy, or begin to copy, what this rank writes. With what copying has raised."""
+        # That nobody's part has changed is agreed on while we copy: ranks that come late are not waited for twice.
+        offered, planning = begin_plan(directory, state, dtype, self._planner)
+        staged, failure = self._try_to_stage(offered, planning.guess)
+        plan = None
+        try:
+            plan = planning.plan()
+        finally:
+            if staged is not None and plan is not planning.guess:
+                staged.wait()  # the next copies go to the same memory
+        if plan is not planning.guess:
+            staged, failure = self._try_to_stage(offered, plan)
+        return staged, failure, plan
+
+    def _try_to_stage(self, offered: list[Piece], plan: SavePlan | None) -> tuple[Staged | None, BaseException | None]:
         """What this rank writes by a plan, copied; or what copying has raised, for the others wait for this rank."""
         try:
-            return ([] if plan is None else self._stage(mine(offered, plan))), None
+            return (None if plan is None else self._arena.stage(mine(offered, plan))), None
         except BaseException as error:
-            return [], error
-
-    def _stage(self, pieces: Iterable[Piece]) -> list[Piece]:
-        """Copy the pieces' numbers into the arena; the same pieces, reading from there."""
-        pieces = list(pieces)
-        starts, total = [], 0
-        for piece in pieces:
-            starts.append(total)
-            total += -(-piece.nbytes // 64) * 64
-        on_cuda = any(p.part is not None and p.part.is_cuda for p in pieces)
-        if self._arena is None or self._arena.numel() < total:
-            self._arena = None  # free the old one first
-            self._arena = torch.empty(total, dtype=torch.uint8, pin_memory=on_cuda)
-        if on_cuda and self._stream is None:
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream = self._stream if on_cuda else None
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream())
-        staged = []
-        with torch.no_grad(), torch.cuda.stream(stream):
-            for piece, start in zip(pieces, starts, strict=True):
-                room = self._arena[start : start + piece.nbytes].view(dtype_from_name(piece.dtype)).view(piece.sizes)
-                room.copy_(piece.part if piece.part is not None else piece.read(), non_blocking=on_cuda)
-                staged.append(replace(piece, read=partial(_itself, room), part=None))
-        if stream is not None:
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record(stream)
-        return staged
+            return None, error
 
     def __enter__(self) -> Saver:
         return self
@@ -171,10 +164,6 @@ class Saver:
             if error is None:
                 raise
             logger.error("the save in flight failed, too: %s", failed)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _throttle(bytes_per_s: float) -> Throttle | None:

@@ -1,7 +1,7 @@
 """What is saved? Named tensors, and the box that each rank holds of them.
 
 Nothing here knows what a model is: a state is dicts of names over tensors, {"model": {fqn: tensor}}, one level deep for
-weights-only checkpoints. A plain tensor is taken to be the same on every rank that has it.
+weights-only checkpoints. A plain tensor has to be the same on every rank that has it; replicas.py compares them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from math import prod
 from typing import Any, NamedTuple
 
@@ -187,6 +188,20 @@ def _box_of(tensor: DTensor, name: str, known: Known) -> Box:
 
 def _refused(name: str, problem: str, hint: str | None = None) -> CheckpointError:
     return CheckpointError(f"`{name}` cannot be saved or loaded: {problem}", hint=hint)
+
+
+def mesh_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """A name for the mesh of each DTensor, the same on all of the mesh's ranks and another for other ranks."""
+    known: dict[int, str] = {}
+    result = {}
+    for fqn, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            mesh = tensor.device_mesh
+            if id(mesh) not in known:
+                ranks = mesh.mesh
+                known[id(mesh)] = sha256(f"{tuple(ranks.shape)} {ranks.flatten().tolist()}".encode()).hexdigest()[:16]
+            result[fqn] = known[id(mesh)]
+    return result
 
 
 def pieces_of(

@@ -49,8 +49,10 @@ class _Ring(torch.autograd.Function):
             passing = _Passing(kv, group) if step + 1 < ranks else None
             queries, keys = _visible(owner, rank, half)
             part, part_lse = _attend(q[:, :, queries], kv[0][:, :, keys], kv[1][:, :, keys], causal=owner == rank)
-            if step == 0:
-                out, lse = part.to(exact), part_lse.to(exact)
+            if (
+                step == 0
+            ):  # copies: they are written to below, and recompute may have kept the kernel's own for backward
+                out, lse = part.to(exact, copy=True), part_lse.to(exact, copy=True)
             else:
                 out[:, :, queries], lse[:, :, queries] = _merge(
                     out[:, :, queries], lse[:, :, queries], part.to(exact), part_lse.to(exact)

@@ -222,7 +222,8 @@ def _train(
         _profiler(config, place) as profiler,
         _collector_at_rest(),
         asked_to_stop() as asked,
-        Saver(ranks, background, limit) as saver,
+        # What should be equal and is not ends no run: it is in the log, and after a resume it is equal again.
+        Saver(ranks, background, limit, differ="first") as saver,
     ):
         while state.step < last_step:
             step = state.step + 1
