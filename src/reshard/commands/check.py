@@ -20,13 +20,13 @@ def check(config: Config, world_size: int) -> None:
         )
     layout = resolve_layout(config, world_size)
     spec = spec_of(config)
+    if seeding:  # needs neither text nor tokenizer
+        return
+    check_checkpointing(config)
     if config.checkpoint.export:
         from reshard.commands.export import check_exports
 
         check_exports(config.checkpoint.export, spec)
-    if seeding:  # needs neither text nor tokenizer
-        return
-    check_checkpointing(config)
     check_fit(layout, spec, config)
     if config.training.global_batch_size > 0:
         plan_batches(layout, config, config.training.global_batch_size)

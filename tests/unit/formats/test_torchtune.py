@@ -50,8 +50,9 @@ def test_what_they_can_say_is_not():
 
 
 def test_an_export_that_cannot_be_written_is_known_before_the_training():
-    words = ["--model.rope_theta", "10000.5", "--checkpoint.export", "torchtune"]
+    export = ["--checkpoint.enable_checkpoint", "--checkpoint.export", "torchtune"]
+    words = ["--model.rope_theta", "10000.5", *export]
     config, _ = load_config(None, words)
     with pytest.raises(FormatError, match=r"rope_theta 10000\.5"):
         check(config, 1)
-    check(load_config(None, words[2:])[0], 1)
+    check(load_config(None, export)[0], 1)
