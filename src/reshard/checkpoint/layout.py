@@ -37,6 +37,16 @@ class Entry:
         """Has a manifest that agrees with the files' names and sizes."""
         return self.manifest is not None
 
+    @property
+    def age(self) -> int:
+        """Where it comes in the order of saves: the higher, the newer. Torn ones have -1.
+
+        step-0 has 0, whenever it was made: it is what a run begins with, so no trained step is ever older.
+        """
+        if self.manifest is None:
+            return -1
+        return self.manifest.sequence if self.step > 0 else 0
+
 
 def step_directory(folder: Path, step: int) -> Path:
     """Where does step N lie?"""
@@ -52,7 +62,7 @@ def step_of(path: Path) -> int | None:
 def entries(folder: Path) -> list[Entry]:
     """All step-N directories of a folder, oldest save first. An absent folder has none.
 
-    Committed ones are ordered by lineage (the save's sequence number), torn ones come first by step.
+    Torn ones come first, by step; then step-0, whenever it was made; then the others by their sequence numbers.
     """
     found = []
     for path, step in named_steps(folder):
@@ -64,7 +74,7 @@ def entries(folder: Path) -> list[Entry]:
             raise
         except CheckpointError as error:
             found.append(Entry(path, step, None, error))
-    return sorted(found, key=lambda e: (e.manifest.sequence if e.manifest else -1, e.step))
+    return sorted(found, key=lambda e: (e.age, e.step))
 
 
 def named_steps(folder: Path) -> list[tuple[Path, int]]:

@@ -17,6 +17,7 @@ from reshard.checkpoint.exchange import read_exchanging, want
 from reshard.checkpoint.index import Index, index_bytes, read_index
 from reshard.checkpoint.layout import Entry, entries, is_foreign, set_aside_before, step_directory
 from reshard.checkpoint.manifest import Manifest, read_manifest
+from reshard.checkpoint.mistaken import mistaken
 from reshard.checkpoint.offers import Offer
 from reshard.checkpoint.parcel import packed
 from reshard.checkpoint.ranks import Ranks
@@ -32,7 +33,8 @@ class Start:
     """Where a run begins.
 
     directory None: from nothing. `resume`: model, optimizer and position; otherwise the weights only, at step 0.
-    finished: the run has already reached its last step.
+    finished: the run has already reached its last step. handed_over: steps of the folder that hold weights only, as the
+    end of a run leaves them: no later save may replace them unasked.
     """
 
     directory: Path | None = None
@@ -40,6 +42,7 @@ class Start:
     resume: bool = False
     finished: bool = False
     notes: tuple[str, ...] = ()
+    handed_over: tuple[int, ...] = ()
 
 
 def choose(folder: Path, *, load_step: int, steps: int, initial_load_path: str | None) -> Start:
@@ -49,13 +52,21 @@ def choose(folder: Path, *, load_step: int, steps: int, initial_load_path: str |
     * load_step -1: the newest save. A weights-only last step is not resumable: then the newest full one, and it is said
     * load_step N: that step, which must be there and whole. It applies once: where a run that was started from it has
       saved later steps, the newest of those
-    * step-0: the weights only
+    * step-0: the weights only, and only where there is no later step, whenever step-0 was made
     """
-    found = entries(folder)
-    committed = [e for e in found if e.committed]
+    seed = step_directory(folder, 0)
+    found = [e if e.committed else replace(e, problem=mistaken(e.path, seed) or e.problem) for e in entries(folder)]
+    given = tuple(e.step for e in found if e.manifest is not None and e.manifest.kind == "model" and e.step > 0)
     notes = tuple(f"ignored {e.path.name}: {e.problem.message}" for e in found if e.problem is not None)
     if load_step >= 0:
-        return _named(folder, found, load_step, steps, notes)
+        return replace(_named(folder, found, load_step, steps, notes), handed_over=given)
+    return replace(_newest(folder, found, steps, notes, initial_load_path), handed_over=given)
+
+
+def _newest(
+    folder: Path, found: list[Entry], steps: int, notes: tuple[str, ...], initial_load_path: str | None
+) -> Start:
+    committed = [e for e in found if e.committed]
     if not committed:
         seed = step_directory(folder, 0)
         if is_foreign(seed):
@@ -69,6 +80,9 @@ def choose(folder: Path, *, load_step: int, steps: int, initial_load_path: str |
             )
         torn = [e.path.name for e in found if any(e.path.iterdir())]
         if torn and initial_load_path is None:
+            wrong = mistaken(seed, seed)
+            if wrong is not None:
+                raise wrong
             raise TornCheckpoint(
                 f"checkpoint folder `{folder}` holds {listed(torn)}, but no whole checkpoint",
                 path=folder,
@@ -76,14 +90,14 @@ def choose(folder: Path, *, load_step: int, steps: int, initial_load_path: str |
                 "to start from their weights",
             )
         if initial_load_path is not None:
-            return _initial(Path(initial_load_path), notes)
+            return first_weights(initial_load_path, folder, notes)
         return Start(notes=notes)
     newest = committed[-1]
     assert newest.manifest is not None
     if newest.step >= steps and newest.step > 0:
         return Start(newest.path, newest.manifest, finished=True, notes=notes)
     if newest.manifest.kind == "model" and newest.step > 0:
-        full = [e for e in committed if e.manifest is not None and e.manifest.kind == "full"]
+        full = [e for e in committed if e.manifest is not None and e.manifest.kind == "full" and e.step > 0]
         if not full:
             raise NotACheckpoint(
                 f"the newest checkpoint `{newest.path}` holds weights only, and there is no full one to resume from",
@@ -143,7 +157,16 @@ def _named(folder: Path, found: list[Entry], load_step: int, steps: int, notes: 
     return _start_of(entry, notes)
 
 
-def _initial(path: Path, notes: tuple[str, ...]) -> Start:
+def first_weights(initial_load_path: str, folder: Path, notes: tuple[str, ...] = ()) -> Start:
+    """What `initial_load_path` names, for a run in `folder`. Only looks; raises CheckpointErrors, by the name of what it is."""
+    path = Path(initial_load_path)
+    if not initial_load_path:
+        raise NotACheckpoint(
+            "checkpoint.initial_load_path is empty, expected a checkpoint's directory", hint="name one, or leave it out"
+        )
+    wrong = mistaken(path, step_directory(folder, 0))
+    if wrong is not None:
+        raise wrong
     if is_foreign(path):
         return Start(path, None, notes=(*notes, f"{path} is a DCP checkpoint of another program: taking its weights"))
     return Start(path, read_manifest(path), notes=notes)

@@ -19,16 +19,19 @@ def retain(folder: Path, keep_latest_k: int, *, keep_every_n: int = 0, protected
     """Delete all but the latest k committed checkpoints; 0 keeps all. Returns what was deleted.
 
     Latest means saved last, not numbered highest: after a rollback the abandoned branch goes first. Never deleted:
-    step-0, steps that keep_every_n divides, `protected` (the checkpoint that this run was loaded from), the newest full
-    one, links, and whatever is torn, damaged or not ours, or holds what is not ours. A checkpoint loses its name before
-    its bytes, so a death midway leaves nothing half-deleted under a valid name.
+    step-0, what holds weights only, steps that keep_every_n divides, `protected` (the checkpoint that this run was loaded
+    from), the newest full one, links, and whatever is torn, damaged or not ours, or holds what is not ours. A checkpoint
+    loses its name before its bytes, so a death midway leaves nothing half-deleted under a valid name.
     """
     if keep_latest_k <= 0:
         return []
     committed = by_worth([e for e in entries(folder) if e.manifest is not None])
     full = [e for e in committed if e.manifest is not None and e.manifest.kind == "full"]
+    given = [
+        e for e in committed if e.manifest is not None and e.manifest.kind == "model"
+    ]  # to somebody, at a run's end
     permanent = [e for e in committed if e.step == 0 or (keep_every_n and e.step % keep_every_n == 0)]
-    keep = {e.path for e in (*committed[-keep_latest_k:], *full[-1:], *permanent)}
+    keep = {e.path for e in (*committed[-keep_latest_k:], *full[-1:], *permanent, *given)}
     deleted = []
     for entry in committed:
         if entry.path in keep or entry.path == protected or entry.path.is_symlink():

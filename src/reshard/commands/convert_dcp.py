@@ -6,6 +6,7 @@ only the way of the bytes is the conversion's: several workers, each slab read o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from reshard.checkpoint.state import Box
     from reshard.checkpoint.writer import Places, Stored
 
+logger = logging.getLogger(__name__)
+
 FLOOR_WITH_TORCH_BYTES = 205 << 20  # what the interpreter and torch take before a byte is read
 FILES = ("__0_0.distcp", "__0_1.distcp")  # two, because a file system lets one thread at a time write into a file
 _EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
@@ -68,7 +71,7 @@ def to_dcp(
     total = sum(tensor.nbytes for tensor in tensors.values())
     check_space(out, total)
     slab = slab_bytes(memory, workers, FLOOR_WITH_TORCH_BYTES)
-    from reshard.checkpoint.layout import step_of
+    from reshard.checkpoint.layout import entries, step_of
     from reshard.checkpoint.ours import not_ours
     from reshard.checkpoint.save import About, commit_weights
 
@@ -86,6 +89,12 @@ def to_dcp(
         manifest = commit_weights(out, write, about)
     if verify:
         _verify(out)
+    newest = entries(out.parent)[-1] if step_of(out) == 0 else None
+    if newest is not None and newest.age > 0:
+        logger.warning(
+            "a run in `%s` goes on from %s, not from these weights: they begin a run in another folder",
+            out.parent, newest.path.name,
+        )  # fmt: skip
     return manifest
 
 

@@ -22,7 +22,7 @@ def report(folder: Path) -> dict[str, Any]:
             path=folder,
             hint="a run writes them to its checkpoint.folder, `./outputs/checkpoint` unless its config says otherwise",
         )
-    newest = max((e.manifest for e in found if e.manifest is not None), key=lambda m: m.sequence, default=None)
+    newest = found[-1].manifest
     run = run_of_checkpoints(folder, newest.config if newest is not None else None, {e.step for e in found})
     return {
         "kind": "folder",

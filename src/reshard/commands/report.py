@@ -129,7 +129,7 @@ def context(record: RunRecord, found: list[Entry], verified: Mapping[Path, Verif
     last = max(s.last_step for s in record.stretches)
     x = step_scale(min(first, 0 if first == 1 else first), last)
     checkpoints = checkpoint_rows(record, found, verified)
-    newest = max((e.manifest for e in found if e.manifest is not None), key=lambda m: m.sequence, default=None)
+    newest = found[-1].manifest if found else None
     config = newest.config if newest is not None and newest.config else {}
     bands = _bands(record, x, tones)
     charts = [drawn(curve, x) for curve in curves(record)]

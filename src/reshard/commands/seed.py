@@ -9,13 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from reshard.checkpoint.layout import step_directory
+from reshard.checkpoint.layout import named_steps, set_aside_before, step_directory
 from reshard.checkpoint.lock import own_folder
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.save import refuse_existing, save_weights
 from reshard.checkpoint.state import Box, Piece, dtype_from_name, row_cuts
 from reshard.config import Config
-from reshard.errors import LayoutError
+from reshard.errors import LayoutError, NotACheckpoint, listed
 from reshard.model.build import spec_of
 from reshard.model.init import initial_rows
 from reshard.model.spec import LlamaSpec, parameter_shapes
@@ -29,7 +29,8 @@ def seed(config: Config) -> Path:
     """Write <dump_folder>/<folder>/step-0 with the weights that training itself would start from. Returns its path.
 
     One process: more are refused. Memory: one chunk of one tensor. Weights are in training.dtype; export_dtype and
-    model_weights_only do not apply. Raises LayoutError, NotACheckpoint where step-0 exists, StorageError.
+    model_weights_only do not apply. Raises LayoutError, StorageError; NotACheckpoint where step-0 exists, or steps of a run,
+    which goes on from these.
     """
     place = place_from_environment()
     if place.world_size != 1:
@@ -42,6 +43,7 @@ def seed(config: Config) -> Path:
     directory = step_directory(config.checkpoint_folder, 0)
     with own_folder(config.checkpoint_folder, Ranks()):
         refuse_existing(directory)
+        _refuse_trained(config.checkpoint_folder)
         manifest = save_weights(
             directory,
             seed_pieces(spec, config.training.rng_seed, config.training.dtype),
@@ -52,6 +54,18 @@ def seed(config: Config) -> Path:
         )
     logger.info("seed checkpoint %s: %d tensors, %.1f MB", directory, len(manifest.tensors), manifest.bytes / 1e6)
     return directory
+
+
+def _refuse_trained(folder: Path) -> None:
+    """A seed would be without effect beside steps that a run goes on from; beside broken ones it would hide what was lost."""
+    steps = [path.name for path, step in named_steps(folder) if step > 0 and path.is_dir() and any(path.iterdir())]
+    steps += [path.name for path in set_aside_before(folder)]
+    if steps:
+        raise NotACheckpoint(
+            f"`{folder}` holds {listed(steps)} of a run that has trained: no step-0 was made, it would not begin anew with it",
+            path=folder,
+            hint=f"to begin another run: --checkpoint.folder {folder.name}-2, for `reshard seed` and for the training",
+        )
 
 
 def seed_pieces(spec: LlamaSpec, rng_seed: int, dtype: str) -> Iterator[Piece]:

@@ -18,6 +18,7 @@ from reshard.formats.hf_config import CONFIG, read_json, spec_from_config
 from reshard.formats.meta import PARAMS, open_meta, spec_from_params
 from reshard.formats.protocol import Source
 from reshard.formats.torch_model import open_torch
+from reshard.model.compare import differences
 from reshard.model.spec import RELEASES, LlamaSpec, flavor, scaling_of_release
 
 logger = logging.getLogger(__name__)
@@ -175,15 +176,17 @@ def _check_told(path: Path, spec: LlamaSpec, said: Told, *, ties: bool) -> None:
 
     Of Meta's files it is only seen in the numbers: equal matrices are no contradiction to a model that is untied.
     """
-    ours, theirs = said.spec.to_dict(), spec.to_dict()
+    told = said.spec
     if said.scaling_from != "file" and (path / METADATA).exists() and not (path / MANIFEST).exists():
-        ours["rope_scaling"] = theirs["rope_scaling"]  # read off its table of rotations, which says more than a name
+        told = replace(told, rope_scaling=spec.rope_scaling)  # read off its table of rotations, which says more than a name
     if not said.says_tie or (not ties and spec.tied):
-        ours["tied"] = theirs["tied"]
-    wrong = [f"{key}: {theirs[key]}, told {ours[key]}" for key in ours if ours[key] != theirs[key]]
+        told = replace(told, tied=spec.tied)
+    wrong = [f"{key}: {theirs}, told {ours}" for key, (theirs, ours) in differences(spec.to_dict(), told).items()]
     if wrong:
         raise FormatError(
-            f"{path} says of itself that it is another model: {listed(wrong)}", path=path, hint="leave out --model"
+            f"{path} says of itself that it is another model: {listed(wrong)}",
+            path=path,
+            hint="leave out --model" if isinstance(model, str) else "leave out --config",
         )
 
 

@@ -60,6 +60,7 @@ from reshard.train.start import (
     full_state,
     in_turn,
     load_or_fall_back,
+    look_at_first_weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def train(config: Config) -> Outcome:
     check_fit(layout, spec, config)
     if place.rank == 0 and config.checkpoint.export_dtype != "float32" and not config.checkpoint.model_weights_only:
         logger.warning("checkpoint.export_dtype has no effect without checkpoint.model_weights_only")
+    look_at_first_weights(config)
     data, _ = prepare(config, spec.vocab_size, progress=True)
     fingerprint = full_fingerprint(data, config)
     compute = compute_dtype(config)
@@ -259,7 +261,12 @@ def _train(
                 logger.info("step %d  validation loss %.4f", step, value)
             stop, overdue, over = ranks.maximum(asked.signal, _overdue(last_save, config, ranks), saver.status())
             saved = saver.collect() if over else []
-            if config.checkpoint.enable_checkpoint and (step == last_step or stop or overdue or in_turn(step, config)):
+            due = step == last_step or stop or overdue or in_turn(step, config)
+            if config.checkpoint.enable_checkpoint and due and step in start.handed_over and step < last_step:
+                # What was handed over stays. A run that is to stop takes one more step instead.
+                logger.info("step %d is not saved: step-%d holds weights only, as they were handed over", step, step)
+                due = stop = 0
+            if config.checkpoint.enable_checkpoint and due:
                 directory, last_save = step_directory(folder, step), time.monotonic()
                 if config.checkpoint.model_weights_only and step == t.steps:
                     about = replace(origin, step=step, kind="model")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from reshard.checkpoint.layout import named_steps
-from reshard.checkpoint.load import Start, choose, load
+from reshard.checkpoint.load import Start, choose, first_weights, load
 from reshard.checkpoint.ours import refuse_others
 from reshard.checkpoint.quarantine import SetAside, set_aside, set_damaged_aside
 from reshard.checkpoint.ranks import Ranks
@@ -24,7 +24,9 @@ from reshard.checkpoint.save import tensor_state
 from reshard.checkpoint.state import State, local_part
 from reshard.checkpoint.weights import EMBEDDING, OUTPUT, check_shapes, load_weights, repeat_embedding, stored_once
 from reshard.config import Config
-from reshard.errors import ConfigError, FormatError, IntegrityError, LayoutError, NotACheckpoint
+from reshard.errors import CheckpointError, ConfigError, FormatError, IntegrityError, LayoutError, NotACheckpoint
+from reshard.model.build import spec_of
+from reshard.model.compare import check_model, differences
 from reshard.model.init import initial_rows
 from reshard.model.spec import LlamaSpec
 from reshard.text.cache import fingerprint_difference
@@ -81,7 +83,8 @@ def first_choice(config: Config) -> tuple[Start, list[SetAside]]:
     """What this run should start from, as the folder is now. Rank 0 only; see checkpoint.load.choose.
 
     Steps that their own manifest shows to be damaged are set aside first, unless one step is asked for by number. Raises
-    CheckpointError, too, where the name of a step that the run will save is taken by what is not ours.
+    CheckpointError, too, where the name of a step that the run will save is taken by what it may not replace; TensorMismatch
+    where the checkpoint is of another model.
     """
     folder = config.checkpoint_folder
     aside = set_damaged_aside(folder) if config.checkpoint.load_step < 0 else []
@@ -92,18 +95,72 @@ def first_choice(config: Config) -> tuple[Start, list[SetAside]]:
         initial_load_path=config.checkpoint.initial_load_path,
     )
     if not start.finished:
-        _refuse_names_in_use(config, start)
+        start = replace(start, notes=(*start.notes, *_compare_models(config, start), *_look_at_names(config, start)))
     return start, aside
 
 
-def _refuse_names_in_use(config: Config, start: Start) -> None:
-    """Raise CheckpointError where a step that this run will save has the name of what is not ours: now, not at that step."""
+def look_at_first_weights(config: Config) -> None:
+    """Raise what `initial_load_path` alone shows to be wrong: before the text is tokenised. Any process may ask."""
+    asked = config.checkpoint.initial_load_path
+    if config.checkpoint.enable_checkpoint and asked is not None and not named_steps(config.checkpoint_folder):
+        first_weights(asked, config.checkpoint_folder)
+
+
+def _compare_models(config: Config, start: Start) -> list[str]:
+    """What is to be said of the model that lies where this run starts from. Raises TensorMismatch where it is another one.
+
+    Whether first weights are tied is settled by themselves: both names are there, and load_weights compares them.
+    """
+    if start.directory is None:
+        return []
+    stored = start.manifest.model if start.manifest is not None else None
+    if stored is None:
+        return [
+            f"{start.directory} does not say which model it is: names and shapes are compared, but heads, RoPE and "
+            "epsilon are taken from [model]"
+        ]
+    spec = spec_of(config)
+    check_model(start.directory, stored, config, but=() if start.resume else ("tied",))
+    if "tied" not in differences(stored, spec):
+        return []
+    becomes = "are tied, as [model] says, if they are the same" if spec.tied else "become two matrices, as [model] says"
+    return [f"the embedding and output of {start.directory} {becomes} (tied_embeddings)"]
+
+
+def _look_at_names(config: Config, start: Start) -> list[str]:
+    """Is the name of a step that this run will save in use? Found now, not at that step. Returns what is to be said.
+
+    Raises CheckpointError where what lies there is not ours, or where the run would end by replacing weights that an
+    earlier end of it has handed over.
+    """
     first = start.manifest.step if start.resume and start.manifest is not None else 0
-    last = final_step(config)
+    last, said = final_step(config), []
     for path, step in named_steps(config.checkpoint_folder):
+        if step in start.handed_over:
+            if step == last > first:
+                _check_end(config, start, path)
+                said.append(f"{path.name} holds weights only: this run replaces them at its end")
+            continue
         saves = step == last or config.checkpoint.interval_type == "seconds" or in_turn(step, config)
         if saves and first < step <= last:
             refuse_others(path, hint=f"this run would save step {step} there: choose another --checkpoint.folder")
+    return said
+
+
+def _check_end(config: Config, start: Start, path: Path) -> None:
+    """A run may end anew on weights of an earlier end of it, by weights only; not on a full checkpoint. Raises."""
+    last, steps = final_step(config), config.training.steps
+    if config.checkpoint.model_weights_only and last == steps:
+        return
+    later = last + 1
+    while later in start.handed_over:
+        later += 1
+    end = f"--training.steps {later}" if last == steps else f"--training.stop_after {later}"
+    raise CheckpointError(
+        f"`{path}` holds weights only, as they were handed over, and this run would end there with a full checkpoint",
+        path=path,
+        hint=f"end at another step: {end}; or keep what is there under another name: mv {path} {path}.kept",
+    )
 
 
 def final_step(config: Config) -> int:
