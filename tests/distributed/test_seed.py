@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+import reshard
+from reshard.commands.convert import run as convert
+from reshard.commands.inspect import run as inspect
 
 LAYOUTS = ["1", "fsdp2", "fsdp4", "hsdp2x2", "tp2", "fsdp2xtp2"]
 CASES: dict[str, dict[str, Any]] = {
@@ -93,6 +98,40 @@ def test_a_seed_where_there_is_one_is_refused(launch: Any, tiny: Any, tmp_path: 
     assert rank.error["type"] == "NotACheckpoint"
     assert "exists already" in rank.error["message"]
     assert stored(tmp_path / "checkpoint/step-0") == before
+
+
+def test_step_0_never_throws_a_trained_run_away(
+    launch: Any, tiny: Any, tmp_path: Path, stored: Any, caplog: Any
+) -> None:
+    run, cut = tmp_path / "run", {"interval": 1}
+    launch(tiny(run, training={"steps": 4}, checkpoint=cut))
+    (rank,) = launch(tiny(tmp_path / "elsewhere", training={"rng_seed": 1}), verb="seed")
+    ways = ["seed", "seed beside damage", "convert", "copy"]
+    for way in ways:
+        shutil.copytree(run, tmp_path / way)
+        shutil.rmtree(tmp_path / way / "checkpoint/step-4")
+    damaged = tmp_path / "seed beside damage/checkpoint"
+    for step in (1, 2):
+        shutil.rmtree(damaged / f"step-{step}")
+    (damaged / "step-3").rename(damaged / "step-3.damaged")
+    for (refused,) in launch.each([tiny(tmp_path / way) for way in ways[:2]], verb="seed"):
+        assert refused.error["type"] == "NotACheckpoint"
+        assert "step-0" in refused.error["message"]
+        assert "step-3" in refused.error["message"]
+        assert refused.error["hint"].endswith("--checkpoint.folder checkpoint-2")
+    (other,) = launch(tiny(tmp_path / "seed", checkpoint={"folder": "checkpoint-2"}), verb="seed")  # as the hint says
+    assert other.error is None
+    convert(Path(rank.checkpoint), tmp_path / "convert/checkpoint/step-0")
+    assert "goes on from step-3" in caplog.text
+    shutil.copytree(rank.checkpoint, tmp_path / "copy/checkpoint/step-0")
+    configs = [tiny(tmp_path / way, training={"steps": 4}, checkpoint=cut) for way in ("seed", "convert", "copy")]
+    wanted = {f"step-{step}": stored(run / f"checkpoint/step-{step}") for step in (1, 2, 3, 4)}
+    for config, (ended,) in zip(configs, launch.each(configs), strict=True):
+        assert (ended.error, ended.step) == (None, 4)
+        folder = Path(config["job"]["dump_folder"]) / "checkpoint"
+        assert {name: stored(folder / name) for name in wanted} == wanted  # bit for bit, and none is lost
+        assert reshard.newest(folder) == folder / "step-4"
+        assert [row["line"] for row in inspect(folder)["steps"] if row["step"] == 4] == ["current"]
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "tp2"])

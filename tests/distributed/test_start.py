@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+import reshard
+from reshard.commands.convert import run as convert
+from reshard.config import Config, load_config
+from reshard.train.loop import train
 
 CONSTANT = {"lr_scheduler": {"decay_type": "constant"}}  # a longer run then takes the same first steps
 STEPS = 6
@@ -118,9 +125,66 @@ def test_more_steps_resume_from_the_newest_full_one_and_say_so(
     if layout == "1":  # bit for bit what ten steps would have been from the start
         last = {step: values for step, *values in metrics(run)}
         assert last == {step: values for step, *values in metrics(longer)}
-        for step in (6, 8, 10):  # step-6 was weights only, now it is full
+        for step in (8, 10):
             name = f"checkpoint/step-{step}"
             assert stored(run / name) == stored(longer / name)
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_what_was_handed_over_stays_when_the_run_is_made_longer(
+    launch: Any, config: Any, run: Path, tmp_path: Path, events: Any, longer: Path, metrics: Any
+) -> None:
+    handed_over = bytes_of(run / "checkpoint/step-6")
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    full = {"model_weights_only": False, "keep_latest_k": 1}
+    there = {"steps": 10, "stop_after": 6}
+    (kept,), (refused_at_6,), (refused_at_its_end,) = launch.each(
+        [
+            config(run, training={"steps": 10}, checkpoint=full),
+            config(other, training=there),
+            config(other, checkpoint={"model_weights_only": False, "load_step": 2}),
+        ]
+    )
+    assert (kept.error, kept.step) == (None, 10)
+    assert [line for line in kept.log if "step 6 is not saved" in line and "handed over" in line]
+    assert steps_in(run) == {"step-4", "step-6", "step-10"}  # step-4: where it resumed
+    assert [e["step"] for e in events(run) if e["event"] == "save"] == [2, 4, 6, 8, 10]
+    assert metrics(run)[-6:] == metrics(longer)[-6:]
+    for rank, option in ((refused_at_6, "--training.stop_after 7"), (refused_at_its_end, "--training.steps 7")):
+        assert rank.error is not None
+        assert "step-6` holds weights only" in rank.error["message"]
+        assert option in rank.error["hint"]
+    assert bytes_of(run / "checkpoint/step-6") == bytes_of(other / "checkpoint/step-6") == handed_over
+    (rank,) = launch(config(other, training=there | {"stop_after": 7}))  # as the hint says
+    assert (rank.error, rank.step) == (None, 7)
+    assert steps_in(other) == {"step-2", "step-4", "step-6", "step-7"}
+    assert bytes_of(other / "checkpoint/step-6") == handed_over
+
+
+def test_a_stop_at_a_step_that_was_handed_over_loses_nothing(
+    config: Any, run: Path, longer: Path, metrics: Any, stored: Any
+) -> None:
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    handed_over, taken = bytes_of(run / "checkpoint/step-6"), []
+
+    def stop_at_6(*_: Any) -> None:  # it resumes after step 4
+        taken.append(None)
+        if len(taken) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = register_optimizer_step_post_hook(stop_at_6)
+    try:
+        outcome = train(Config().with_values(**config(run, training={"steps": 10}, checkpoint={"interval": 100})))
+    finally:
+        hook.remove()
+    assert (outcome.step, outcome.checkpoint) == (7, run / "checkpoint/step-7")
+    assert metrics(run)[-1] == metrics(longer)[6]
+    assert bytes_of(run / "checkpoint/step-6") == handed_over
 
 
 def test_weights_only_and_nothing_full_cannot_be_resumed(launch: Any, config: Any, run: Path) -> None:
@@ -355,10 +419,10 @@ def test_the_optimizer_can_begin_anew(launch: Any, config: Any, run: Path, plain
 @pytest.mark.parametrize(
     ("model", "word"),
     [
-        ({"ffn_dim": 192}, "feed_forward"),
-        ({"n_layers": 1}, "layers.1"),
-        ({"n_layers": 3}, "layers.2"),
-        ({"vocab_size": 600}, "(600, 64)"),
+        ({"ffn_dim": 192}, "ffn_dim expected 192, got 128"),
+        ({"n_layers": 1}, "n_layers expected 1, got 2"),
+        ({"n_layers": 3}, "n_layers expected 3, got 2"),
+        ({"vocab_size": 600}, "vocab_size expected 600, got 512"),
     ],
     ids=["shape", "fewer layers", "more layers", "vocabulary"],
 )
@@ -375,7 +439,79 @@ def test_another_model_is_an_error_and_renames_nothing(
 def test_a_seed_of_another_model_is_an_error(launch: Any, tiny: Any, seed: Path, tmp_path: Path) -> None:
     shutil.copytree(seed, tmp_path / "checkpoint/step-0")
     error = refused(launch, tiny(tmp_path, model={"n_layers": 3}), "TensorMismatch")
-    assert "layers.2" in error["message"]
+    assert "n_layers expected 3, got 2" in error["message"]
+
+
+@pytest.mark.parametrize("layout", ["1", "fsdp2"])
+def test_a_model_of_the_same_shapes_is_refused_wherever_weights_meet_it_and_the_hint_works(
+    launch: Any, config: Any, run: Path, tmp_path: Path, longer: Path, metrics: Any, layout: str
+) -> None:
+    other = {"n_heads": 8, "n_kv_heads": 4, "rope_theta": 10000.0, "norm_eps": 1e-3, "name": "llama3_1"}
+    begun = tmp_path / "begun/checkpoint/step-0"
+    convert(run / "checkpoint/step-6", begun)
+    named = {"initial_load_path": str(run / "checkpoint/step-6")}
+    resumed = {"training": {"steps": 10, "stop_after": 7}}
+    before = tree(run)
+    asked = [
+        *(config(run, layout, model={key: value}, **resumed) for key, value in other.items() if key != "n_kv_heads"),
+        config(run, layout, model={"tied_embeddings": True}, **resumed),
+        config(run, layout, model=other, **resumed),
+        config(tmp_path / "begun", layout, model=other),
+        config(tmp_path / "new", layout, model=other, checkpoint=named),
+    ]
+    asked[0]["model"]["n_kv_heads"] = 4
+    words = ["n_heads expected 8, got 4", "rope_theta", "norm_eps", "rope_scaling", "tied expected True, got False"]
+    for i, ranks in enumerate(launch.each(asked)):
+        assert all(rank.error == ranks[0].error for rank in ranks)
+        assert ranks[0].error is not None
+        assert ranks[0].error["type"] == "TensorMismatch"
+        assert all(word in ranks[0].error["message"] for word in (words[i : i + 1] or words[:4]))
+        hint = ranks[0].error["hint"].rpartition(": ")[2].split()
+        asked[i]["model"] |= load_config(None, hint)[0].model.model_dump(exclude_unset=True)
+    assert tree(run) == before
+    mended = launch.each(asked[5:])
+    for ranks in mended:
+        assert ranks[0].error is None
+    assert (
+        metrics(run)[6:][:3] == metrics(longer)[4:7] or layout != "1"
+    )  # what the run would have gone on with, bit for bit
+    assert [line for line in mended[0][0].log if "resuming after step 4" in line]
+
+
+def test_what_does_not_say_its_model_is_said(launch: Any, config: Any, run: Path, tmp_path: Path, plain: Any) -> None:
+    # A checkpoint of the engine's own API, and one without a manifest.
+    weights = plain(run / "checkpoint/step-6")
+    reshard.save(tmp_path / "engine", weights)
+    shutil.copytree(tmp_path / "engine", tmp_path / "foreign")
+    (tmp_path / "foreign/manifest.json").unlink()
+    places = [tmp_path / "engine", tmp_path / "foreign", run / "checkpoint/step-6"]
+    configs = [
+        config(tmp_path / f"from-{place.name}", training={"steps": 1}, checkpoint={"initial_load_path": str(place)})
+        for place in places
+    ]
+    for place, (rank,) in zip(places, launch.each(configs), strict=True):
+        assert rank.error is None
+        said = [line for line in rank.log if "does not say which model it is" in line]
+        assert len(said) == (0 if place.name == "step-6" else 1)
+
+
+def test_tied_or_not_is_compared_at_a_resume_and_settled_by_the_weights_at_the_start(
+    launch: Any, config: Any, tmp_path: Path, plain: Any
+) -> None:
+    tied = {"tied_embeddings": True}
+    launch(config(tmp_path / "tied", model=tied))
+    named = {"initial_load_path": str(tmp_path / "tied/checkpoint/step-6")}  # weights only: it has both names
+    still = {"optimizer": {"lr": 0.0}, "training": {"steps": 3}, "checkpoint": named}
+    (untied,), (resumed,) = launch.each(
+        [config(tmp_path / "untied", **still), config(tmp_path / "tied", training={"steps": 10})]
+    )
+    assert untied.error is None
+    assert [line for line in untied.log if "become two matrices" in line and "tied" in line]
+    stored = plain(tmp_path / "untied/checkpoint/step-2")
+    assert torch.equal(stored["model.output.weight"], stored["model.tok_embeddings.weight"])
+    assert resumed.error is not None
+    assert "tied expected False, got True" in resumed.error["message"]
+    assert resumed.error["hint"].endswith(" --model.tied_embeddings true")
 
 
 # -- tied embeddings --------------------------------------------------------------------------------------------------
@@ -443,9 +579,9 @@ def test_the_global_batch_is_the_checkpoints(launch: Any, config: Any, run: Path
     (rank,) = launch(config(run, training={"steps": 8, "stop_after": 5, "batch_size": 4, "global_batch_size": -1}))
     assert rank.error is None
     assert int(plain(run / "checkpoint/step-5")["train_state.next_sequence"]) == 5 * 8
-    (rank,) = launch(config(run, training={"steps": 8, "stop_after": 6, "batch_size": 4, "global_batch_size": 12}))
+    (rank,) = launch(config(run, training={"steps": 8, "stop_after": 7, "batch_size": 4, "global_batch_size": 12}))
     assert any("from 8 to 12" in line for line in rank.log)
-    assert int(plain(run / "checkpoint/step-6")["train_state.next_sequence"]) == 5 * 8 + 12
+    assert int(plain(run / "checkpoint/step-7")["train_state.next_sequence"]) == 5 * 8 + 2 * 12
 
 
 def test_a_folder_with_torn_steps_only_is_an_error_and_is_left_alone(launch: Any, config: Any, run: Path) -> None:

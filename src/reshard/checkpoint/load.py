@@ -94,6 +94,13 @@ def _newest(
         return Start(notes=notes)
     newest = committed[-1]
     assert newest.manifest is not None
+    if any(
+        e.manifest is not None and e.manifest.sequence > newest.manifest.sequence for e in committed
+    ):  # of step-0 only
+        notes = (
+            *notes,
+            f"step-0 was made after {newest.path.name} and is not looked at: the run goes on from its own steps",
+        )
     if newest.step >= steps and newest.step > 0:
         return Start(newest.path, newest.manifest, finished=True, notes=notes)
     if newest.manifest.kind == "model" and newest.step > 0:

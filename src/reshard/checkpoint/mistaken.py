@@ -61,6 +61,6 @@ def _convert(path: Path, what: str, step_0: Path) -> NotACheckpoint:
     return NotACheckpoint(
         f"{what}, expected a checkpoint",
         path=path,
-        hint=f"convert it, then start again: {' && '.join(commands)} "
-        "(with --model MODEL where the weights do not say which model they are)",
+        hint="convert it (with --model MODEL where the weights do not say which model they are), then start again: "
+        + " && ".join(commands),
     )

@@ -43,7 +43,7 @@ def seed(config: Config) -> Path:
     directory = step_directory(config.checkpoint_folder, 0)
     with own_folder(config.checkpoint_folder, Ranks()):
         refuse_existing(directory)
-        _refuse_trained(config.checkpoint_folder)
+        _refuse_trained(config)
         manifest = save_weights(
             directory,
             seed_pieces(spec, config.training.rng_seed, config.training.dtype),
@@ -56,15 +56,17 @@ def seed(config: Config) -> Path:
     return directory
 
 
-def _refuse_trained(folder: Path) -> None:
+def _refuse_trained(config: Config) -> None:
     """A seed would be without effect beside steps that a run goes on from; beside broken ones it would hide what was lost."""
+    folder = config.checkpoint_folder
     steps = [path.name for path, step in named_steps(folder) if step > 0 and path.is_dir() and any(path.iterdir())]
     steps += [path.name for path in set_aside_before(folder)]
     if steps:
         raise NotACheckpoint(
             f"`{folder}` holds {listed(steps)} of a run that has trained: no step-0 was made, it would not begin anew with it",
             path=folder,
-            hint=f"to begin another run: --checkpoint.folder {folder.name}-2, for `reshard seed` and for the training",
+            hint="to begin another run, with both `reshard seed` and `reshard train`: "
+            f"--checkpoint.folder {config.checkpoint.folder}-2",
         )
 
 

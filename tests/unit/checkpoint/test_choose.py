@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 
+import reshard
 from reshard.checkpoint.load import Start, choose
+from reshard.checkpoint.retain import retain
 from reshard.errors import CheckpointError, IntegrityError, NotACheckpoint, TornCheckpoint
 
 
@@ -56,6 +60,41 @@ def test_later_steps_win_over_the_seed(folder: Path, make: Any) -> None:
     make(10)
     assert chosen(folder).directory == folder / "step-10"
     assert chosen(folder, load_step=0).directory == folder / "step-0"
+
+
+@pytest.mark.parametrize(
+    "how", ["saved", "saved in full", "copied in", "copied in from a longer run", "another program's"]
+)
+def test_a_step_0_that_is_made_later_is_never_newer_than_trained_steps(
+    folder: Path, make: Any, tmp_path: Path, how: str
+) -> None:
+    for step in (10, 20, 5):  # the last by a rollback
+        make(step)
+    if how == "another program's":
+        foreign(folder / "step-0")
+    elif how.startswith("saved"):
+        make(0, kind="full" if how == "saved in full" else "model")
+    else:
+        for step in range(100, 105):
+            make(step)  # the sequence counts on
+        shutil.move(folder / "step-104", folder / "step-0")
+        for step in range(100, 104):
+            shutil.move(folder / f"step-{step}", tmp_path / f"step-{step}")
+    start = chosen(folder)
+    assert (start.directory, start.resume) == (folder / "step-5", True)
+    assert any("step-0" in note for note in start.notes)
+    assert reshard.newest(folder) == folder / "step-5"
+    retain(folder, 1)  # and step-0 takes nobody's place
+    assert {path.name for path in folder.iterdir()} == {"step-0", "step-5"}
+    make(6)
+    assert chosen(folder).directory == folder / "step-6"
+
+
+def test_weights_only_beside_a_full_step_0_is_not_a_fresh_start(folder: Path, make: Any) -> None:
+    make(30, kind="model")
+    make(0)
+    with pytest.raises(NotACheckpoint, match="step-30"):
+        chosen(folder)
 
 
 @pytest.mark.parametrize("kind", ["full", "model"])
@@ -221,6 +260,61 @@ def test_an_initial_load_path_that_is_nothing_whole_is_an_error(folder: Path, ma
     (folder / "step-40/__0_0.distcp").unlink()
     with pytest.raises(IntegrityError):
         chosen(tmp_path / "new", initial=folder / "step-40")
+
+
+@pytest.mark.parametrize(
+    ("what", "words", "hint"),
+    [
+        ("a folder of steps", "a folder of checkpoints (step-10, step-20)", "--checkpoint.initial_load_path {in}/step-20"),
+        ("a run's folder", "a run's folder, with step-10, step-20", "--checkpoint.initial_load_path {in}/checkpoint/step-20"),
+        ("Hugging Face", "a Hugging Face directory", "reshard convert {in} {step_0}"),
+        ("one safetensors file", "is a file", "reshard convert {in} {step_0}"),
+        ("Meta", "Meta's files", "reshard convert {in} {step_0}"),
+        ("a .pt", "is a file", "reshard convert {in} {step_0}"),
+        ("a folder with a .pt", "holds model.pt", "reshard convert {in} {step_0}"),
+        ("notes", "holds notes.txt", "step-N"),
+        ("an empty path", "is empty", "leave it out"),
+    ],
+)  # fmt: skip
+def test_what_is_no_checkpoint_is_called_by_its_name(
+    folder: Path, make: Any, tmp_path: Path, what: str, words: str, hint: str
+) -> None:
+    there: Path | str = tmp_path / "in"
+    assert isinstance(there, Path)
+    files = {"Hugging Face": ["config.json", "model.safetensors"], "Meta": ["params.json", "consolidated.00.pth"],
+             "a folder with a .pt": ["model.pt"], "notes": ["notes.txt"]}  # fmt: skip
+    if what in files:
+        there.mkdir()
+        for name in files[what]:
+            (there / name).write_text("{}")
+    elif what == "an empty path":
+        there = ""
+    elif what in ("a .pt", "one safetensors file"):
+        there = tmp_path / {"a .pt": "w.pt", "one safetensors file": "model.safetensors"}[what]
+        there.write_bytes(b"weights")
+    else:
+        make(10)
+        make(20)
+        shutil.move(folder, there if what == "a folder of steps" else there / "checkpoint")
+    new = tmp_path / "new"
+    with pytest.raises(NotACheckpoint) as caught:
+        choose(new, load_step=-1, steps=100, initial_load_path=str(there))
+    assert words in caught.value.message
+    assert "torn" not in str(caught.value)
+    assert "did not finish" not in str(caught.value)
+    assert hint.replace("{in}", str(there)).replace("{step_0}", str(new / "step-0")) in (caught.value.hint or "")
+
+
+def test_other_weights_as_step_0_are_called_by_their_name_and_the_hint_works(folder: Path, tmp_path: Path) -> None:
+    (folder / "step-0").mkdir(parents=True)
+    save_file({"model.norm.weight": torch.ones(4)}, folder / "step-0/model.safetensors")
+    (folder / "step-0/config.json").write_text("{}")
+    with pytest.raises(NotACheckpoint, match="Hugging Face") as caught:
+        chosen(folder)
+    aside = folder / "step-0.kept"
+    assert (caught.value.hint or "").endswith(
+        f": mv {folder / 'step-0'} {aside} && reshard convert {aside} {folder / 'step-0'}"
+    )
 
 
 def test_looking_changes_nothing(folder: Path, make: Any) -> None:

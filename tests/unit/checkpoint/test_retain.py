@@ -68,6 +68,15 @@ def test_the_newest_full_one_stays(folder: Path, make: Any) -> None:
     assert steps(folder) == {"step-2", "step-3"}
 
 
+def test_what_was_handed_over_stays(folder: Path, make: Any) -> None:
+    second = make(2)
+    make(3, kind="model", parent=second)  # the end of the run, which was trained longer later
+    fourth = make(4, parent=second)
+    make(5, parent=fourth)
+    retain(folder, 1)
+    assert steps(folder) == {"step-3", "step-5"}
+
+
 def test_the_one_that_was_loaded_stays(folder: Path, make: Any) -> None:
     for step in (1, 2, 3, 4):
         make(step)
