@@ -133,8 +133,9 @@ def load(
 def newest(folder: str | os.PathLike[str], *, process_group: dist.ProcessGroup | None = None) -> Path | None:
     """The checkpoint of a folder, among those named `step-N`, that was saved last; None where there is none.
 
-    `step-0` is older than every other, whenever it was saved: a run begins with it, and goes on from later steps. Every rank calls it, and gets the answer of the first. Torn and damaged ones are passed over, as far as file names
-    and sizes show it. Raises StorageError.
+    `step-0` is older than every other, whenever it was saved: a run begins with it, and goes on from later steps. Torn and
+    damaged ones are passed over, as far as file names and sizes show it. Every rank calls it, and gets the answer of the
+    first. Raises StorageError.
     """
 
     def look() -> Path | None:
