@@ -135,7 +135,8 @@ def open_source(
     spec = source.spec
     assert spec is not None, path  # every opener refuses what does not say enough
     if said is not None:
-        _check_told(path, spec, said, ties=kind != "meta")
+        hint = "leave out --model" if isinstance(model, str) else "leave out --config"
+        _check_told(path, spec, said, ties=kind != "meta", hint=hint)
     if rope_scaling is not None and (spec.rope_scaling is None) != (rope_scaling == "none"):
         is_scaled = "is not scaled" if spec.rope_scaling is None else f"is scaled by {spec.rope_scaling.factor:g}"
         raise FormatError(
@@ -171,14 +172,16 @@ def _with_scaling(said: Told, rope_scaling: RopeSaid, path: Path, factor: float 
     return replace(said, spec=replace(said.spec, rope_scaling=scaling), scaling_from="file")
 
 
-def _check_told(path: Path, spec: LlamaSpec, said: Told, *, ties: bool) -> None:
+def _check_told(path: Path, spec: LlamaSpec, said: Told, *, ties: bool, hint: str) -> None:
     """Raises FormatError where the source is another model. ties: the source says itself whether it is tied.
 
     Of Meta's files it is only seen in the numbers: equal matrices are no contradiction to a model that is untied.
     """
     told = said.spec
     if said.scaling_from != "file" and (path / METADATA).exists() and not (path / MANIFEST).exists():
-        told = replace(told, rope_scaling=spec.rope_scaling)  # read off its table of rotations, which says more than a name
+        told = replace(
+            told, rope_scaling=spec.rope_scaling
+        )  # read off its table of rotations, which says more than a name
     if not said.says_tie or (not ties and spec.tied):
         told = replace(told, tied=spec.tied)
     wrong = [f"{key}: {theirs}, told {ours}" for key, (theirs, ours) in differences(spec.to_dict(), told).items()]
@@ -186,7 +189,7 @@ def _check_told(path: Path, spec: LlamaSpec, said: Told, *, ties: bool) -> None:
         raise FormatError(
             f"{path} says of itself that it is another model: {listed(wrong)}",
             path=path,
-            hint="leave out --model" if isinstance(model, str) else "leave out --config",
+            hint=hint,
         )
 
 
