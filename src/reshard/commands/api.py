@@ -102,5 +102,5 @@ def diff(
     from reshard.commands.diff import compare
     from reshard.commands.sources import open_source
 
-    a, b = (open_source(local_path(path), model=model, rope_scaling=rope_scaling) for path in (left, right))
+    a, b = (open_source(path, model=model, rope_scaling=rope_scaling) for path in [local_path(left), local_path(right)])
     return compare(a, b)
