@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from reshard.errors import ConfigError, DataError, nearest
 from reshard.text.once import once, write_whole
+from reshard.text.sentencepiece import is_sentencepiece
 
 if TYPE_CHECKING:
     import tiktoken
@@ -124,7 +125,7 @@ def load_tokenizer(
         )
     if file.suffix == ".json" or data.lstrip()[:1] == b"{":
         return _load_json(file.name, file, data)
-    return _load_tiktoken(file, data)
+    return TiktokenTokenizer(file.name, tiktoken_ranks(file, data))
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -135,6 +136,24 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
             key="model.vocab_size",
             hint=f"--model.vocab_size {tokenizer.vocab_size} makes room, or take another --model.tokenizer_path",
         )
+    if isinstance(tokenizer, TiktokenTokenizer) and (lost := lacking_tokens(tokenizer.vocab_size, vocab_size)):
+        raise ConfigError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model's vocabulary {vocab_size}: the other "
+            f"{lost} are more than padding or reserved tokens, so the file was probably cut at the end of a line",
+            key="model.vocab_size",
+            hint="take the whole file; if it is whole, a model of its own wants "
+            f"--model.vocab_size {tokenizer.vocab_size}",
+        )
+
+
+def lacking_tokens(tokens: int, vocab_size: int) -> int:
+    """How many tokens does a tiktoken file lack for a model? 0 where padding or reserved tokens explain the difference.
+
+    A line of the file is a token, and nothing in it says how many lines there were. A model's vocabulary may be larger:
+    rounded up to a multiple of a power of two, or by some tokens of its own.
+    """
+    lost = vocab_size - tokens
+    return lost if lost > max(len(LLAMA3_SPECIALS), (vocab_size & -vocab_size) - 1) else 0
 
 
 def check_tokenizer(path: str, vocab_size: int) -> None:
@@ -275,7 +294,8 @@ def _tokenizer_file(path: str) -> Path:
     return place
 
 
-def _load_tiktoken(file: Path, data: bytes) -> TiktokenTokenizer:
+def tiktoken_ranks(file: Path, data: bytes) -> dict[bytes, int]:
+    """Token -> rank of a tokenizer.model of Llama 3's kind. Raises DataError where a line or a rank is not as it should be."""
     ranks: dict[bytes, int] = {}
     lines = data.splitlines()
     try:
@@ -283,8 +303,7 @@ def _load_tiktoken(file: Path, data: bytes) -> TiktokenTokenizer:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
     except (ValueError, binascii.Error):
-        # SentencePiece is a protobuf: its first byte is the tag of its first piece, and its text is not base64.
-        if data[:1] == b"\n" or b"<unk>" in data[:200]:
+        if is_sentencepiece(data):
             raise DataError(
                 f"tokenizer {file} is a SentencePiece model (Llama 2 or older), expected Llama 3's tiktoken ranks",
                 path=file,
@@ -303,31 +322,18 @@ def _load_tiktoken(file: Path, data: bytes) -> TiktokenTokenizer:
             f"tokenizer {file} is not whole: {len(absent)} of the 256 bytes have no rank, the first is {absent[0]}",
             path=file,
         )
-    return TiktokenTokenizer(file.name, ranks)
+    return ranks
 
 
 def _load_json(name: str, file: Path, data: bytes) -> JsonTokenizer:
     """Read a tokenizer.json without the parts that would change or cut what is encoded."""
-    import tokenizers
-
-    try:
-        content = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"tokenizer {file} is not JSON: {error}", path=file) from None
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise DataError(f"tokenizer {file} is not a tokenizer.json: it has no `model`", path=file)
-    added = content.get("added_tokens") or []
-    if not all(isinstance(token, dict) and isinstance(token.get("content"), str) for token in added):
-        raise DataError(f"tokenizer {file} is not a tokenizer.json: its `added_tokens` are not tokens", path=file)
+    content = _json_content(file, data)
     content["truncation"] = content["padding"] = None  # files saved after a training often carry a length limit
     content["model"].pop("dropout", None)  # it would draw other ids each time
     bos, eos = _bos_and_eos(file, content)
-    for token in added:
+    for token in content.get("added_tokens") or []:
         token["special"] = token.get("special", False) or token["content"] in (bos, eos)
-    try:
-        inner = tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises a bare Exception
-        raise DataError(f"tokenizer {file} cannot be read as a tokenizer.json: {error}", path=file) from None
+    inner = _inner_tokenizer(file, content)
     bos_id = inner.token_to_id(bos) if bos else None
     eos_id = inner.token_to_id(eos) if eos else None
     if eos_id is None:
@@ -338,6 +344,38 @@ def _load_json(name: str, file: Path, data: bytes) -> JsonTokenizer:
     parts |= {"bos": bos_id, "eos": eos_id}
     identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return JsonTokenizer(name, inner, bos_id, eos_id, identity)
+
+
+def check_tokenizer_json(file: Path, data: bytes) -> None:
+    """Does the `tokenizers` library take this tokenizer.json? Raises DataError."""
+    _inner_tokenizer(file, _json_content(file, data))
+
+
+def _json_content(file: Path, data: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"tokenizer {file} is not JSON: {error}", path=file) from None
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise DataError(f"tokenizer {file} is not a tokenizer.json: it has no `model`", path=file)
+    added = content.get("added_tokens") or []
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) for token in added
+    ):
+        raise DataError(f"tokenizer {file} is not a tokenizer.json: its `added_tokens` are not tokens", path=file)
+    return content
+
+
+def _inner_tokenizer(file: Path, content: dict[str, Any]) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
+    except BaseException as error:
+        # The library raises a bare Exception, or where its Rust code gives up, a PanicException, which is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"tokenizer {file} cannot be read as a tokenizer.json: {error}", path=file) from None
 
 
 def _bos_and_eos(file: Path, content: dict[str, Any]) -> tuple[str | None, str | None]:
@@ -352,8 +390,14 @@ def _bos_and_eos(file: Path, content: dict[str, Any]) -> tuple[str | None, str |
     for beside in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
             said = json.loads((file.parent / beside).read_bytes())
-        except (OSError, ValueError):
+        except OSError:
             continue
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{file.parent / beside}, which belongs to the tokenizer {file}, is not JSON: {error}",
+                path=file.parent / beside,
+                hint="copy or download this file again",
+            ) from None
         bos, eos = _token_name(said, "bos_token"), _token_name(said, "eos_token")
         if eos:
             return bos, eos
