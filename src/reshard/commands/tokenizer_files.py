@@ -18,6 +18,7 @@ from reshard.errors import DataError, FormatError, ReshardError, listed
 from reshard.formats.gguf_tokenizer import asset_json
 from reshard.formats.hf import ASSETS
 from reshard.formats.hf_config import GENERATION, LLAMA3_VOCAB, TOKEN_IDS, context_length, llama3_ids, token_ids
+from reshard.formats.lfs import PULL_HINT, pointer
 from reshard.formats.protocol import Source
 from reshard.formats.tokenizer_json import byte_letters, from_ranks, llama3_specials, settings_of, tokenizer_json
 from reshard.model.spec import LlamaSpec
@@ -53,6 +54,7 @@ def with_tokenizer(
     elif not without and not _has_tokenizer(assets):
         assets |= _of_run(source, spec)
     about = dict(source.about)
+    _check_whole(assets, spec)
     if not _has_tokenizer(assets):
         if not without:
             logger.warning("%s has no tokenizer: the export goes without one (--tokenizer gives it one)", source.path)
@@ -91,6 +93,27 @@ def say_left_out(source: Source, spec: LlamaSpec, target: str) -> None:
     lost += [key for key in (*TOKEN_IDS, "context_length") if source.about.get(key) is not None]
     if lost:
         logger.info("%s: a %s export keeps no %s", source.path, target, listed(lost))
+
+
+def _check_whole(assets: Assets, spec: LlamaSpec) -> None:
+    """Is everything that would be handed on what its name says, and all of it? Raises DataError naming the file."""
+    from reshard.text.whole import NAMES, check_whole
+
+    for name, content in assets.items():
+        if name not in NAMES:
+            continue
+        file = content if isinstance(content, Path) else Path(name)
+        beside = "copy or download this file again"
+        hint = f"{beside}; --no-tokenizer goes on without a tokenizer" if name != GENERATION else beside
+        try:
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            if what := pointer(data):
+                raise DataError(f"{file} {what}", path=file, hint=PULL_HINT)
+            check_whole(name, file, data, spec.vocab_size)
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror or error}", path=file, hint=hint) from None
+        except DataError as error:
+            raise DataError(error.message, path=file, hint=error.hint or hint) from None
 
 
 def _has_tokenizer(assets: Mapping[str, Any]) -> bool:
