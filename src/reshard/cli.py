@@ -241,6 +241,9 @@ def parity(arguments: Sequence[str], layouts: str, steps: int, as_json: bool) ->
 @click.option("--seq-len", type=click.IntRange(min=1), help="Tokens per sequence. Default: the training's.")
 @click.option("--sequences", type=click.IntRange(min=1), default=64, show_default=True, help="Sequences to measure on.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences at once.")
+@click.option(
+    "--cache-folder", type=click.Path(path_type=Path), help="Keep the text's tokens here. Default: they are not kept."
+)
 @_JSON
 def evaluate(
     path: Path,
@@ -252,6 +255,7 @@ def evaluate(
     seq_len: int | None,
     sequences: int,
     batch_size: int,
+    cache_folder: Path | None,
     as_json: bool,
 ) -> None:
     """Loss of a checkpoint, in any format, on held-out text, in nats per token."""
@@ -259,7 +263,7 @@ def evaluate(
 
     report = run(
         path, data=data, config_path=config_path, flavor=flavor, rope_scaling=rope_scaling, tokenizer=tokenizer,
-        seq_len=seq_len, sequences=sequences, batch_size=batch_size,
+        seq_len=seq_len, sequences=sequences, batch_size=batch_size, cache_folder=cache_folder,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps(report))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from reshard.errors import DataError
 from reshard.model.llama import cross_entropy_sum
 from reshard.model.spec import LlamaSpec
 from reshard.progress import progress_bar
-from reshard.text.cache import prepare
+from reshard.text.cache import folder_for_one_question, prepare
 from reshard.text.entropy import unigram_entropy
 from reshard.text.order import held_out
+from reshard.text.sources import open_source
 from reshard.text.tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -32,11 +36,13 @@ def run(
     seq_len: int | None,
     sequences: int,
     batch_size: int,
+    cache_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Measure, and report as a dict: loss (nats per token), tokens, data, unigram_entropy, sequences, seq_len.
 
     data: None takes the held-out documents of the text that the checkpoint was trained on. Other text is measured
     whole: nothing of it was trained on. Model and tokenizer come from the checkpoint, else from config_path or flavor.
+    cache_folder: where tokens are kept that the run's own cache does not have; None: nowhere, nothing stays.
     Raises FormatError where a bare .pt or foreign directory comes without a model; DataError, TensorMismatch.
     """
     config, source = what_it_is(path, config_path, flavor, rope_scaling)
@@ -47,8 +53,10 @@ def run(
         training={"seq_len": seq_len or config.training.seq_len},
         validation={"freq": 0},
     )
-    tokens, name = _text(config, source.spec, own, data)
-    chosen = held_out(tokens, config.training.seq_len, sequences)
+    with folder_for_one_question(cache_folder) as build_in:
+        tokens, name = _text(config, source.spec, own, data, build_in)
+        chosen = held_out(tokens, config.training.seq_len, sequences)
+        entropy = unigram_entropy(tokens)
     if len(chosen) == 0:
         raise DataError(
             f"the held-out text {name} has {len(tokens)} tokens, but one sequence of seq_len {config.training.seq_len} "
@@ -67,21 +75,42 @@ def run(
         "path": str(path),
         "data": name,
         "loss": total / measured,
-        "unigram_entropy": unigram_entropy(tokens),
+        "unigram_entropy": entropy,
         "tokens": measured,
         "sequences": len(chosen),
         "seq_len": config.training.seq_len,
     }
 
 
-def _text(config: Config, spec: LlamaSpec, tokenizer: Tokenizer, data: str | None) -> tuple[Any, str]:
+def _text(config: Config, spec: LlamaSpec, tokenizer: Tokenizer, data: str | None, build_in: Path) -> tuple[Any, str]:
     """The tokens to measure on, and what to call them."""
     trained_on = config.training.dataset
     if data is None or data == trained_on:
+        if data is None:
+            _say_text(config)
         if config.validation.fraction == 0:
             config = config.with_values(validation={"fraction": 0.02})
-        found, _ = prepare(config, spec.vocab_size, tokenizer=tokenizer)
+        found, _ = prepare(config, spec.vocab_size, tokenizer=tokenizer, build_in=build_in)
         return found.validation, f"{trained_on} (held-out documents)"
     other = config.with_values(training={"dataset": data, "dataset_path": None}, validation={"fraction": 0.0})
-    found, _ = prepare(other, spec.vocab_size, tokenizer=tokenizer)
+    found, _ = prepare(other, spec.vocab_size, tokenizer=tokenizer, build_in=build_in)
     return found.train, data
+
+
+def _say_text(config: Config) -> None:
+    """Which text is it that nobody named here? Raises DataError where it is not there, with the option that names one."""
+    training = config.training
+    place = f" at {training.dataset_path}" if training.dataset_path is not None else ""
+    try:
+        open_source(training)
+    except DataError as error:
+        raise DataError(
+            f"the text that the model's config names, `{training.dataset}`{place}, cannot be used: {error.message}",
+            path=error.path,
+            hint="--data names another: a file, a folder or `stdlib`",
+        ) from None
+    logger.info(
+        "measuring on held-out documents of `%s`%s, as the model's config says (--data: other text)",
+        training.dataset,
+        place,
+    )

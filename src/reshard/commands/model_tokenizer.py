@@ -16,7 +16,7 @@ from reshard.checkpoint.manifest import MANIFEST, read_manifest
 from reshard.config import Config
 from reshard.errors import DataError
 from reshard.formats.protocol import Source
-from reshard.text.cache import fingerprint_of, tokenizer_for
+from reshard.text.cache import fingerprint_of, folder_for_one_question, tokenizer_for
 from reshard.text.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ def model_tokenizer(source: Source, config: Config, *, named: str | None, config
 
 
 def _load(path: str, config: Config, vocab_size: int) -> Tokenizer:
-    return tokenizer_for(config.with_values(model={"tokenizer_path": path}), vocab_size)
+    with folder_for_one_question() as build_in:  # whoever wrote the config is not to say where we write
+        return tokenizer_for(config.with_values(model={"tokenizer_path": path}), vocab_size, build_in=build_in)
 
 
 def _of_run(path: Path) -> tuple[Config | None, str | None]:

@@ -139,7 +139,7 @@ def _of_run(source: Source, spec: LlamaSpec) -> Assets:
     if not said:
         return {}
     from reshard.config import Config
-    from reshard.text.cache import tokenizer_for
+    from reshard.text.cache import folder_for_one_question, tokenizer_for
     from reshard.text.tokenizers import BOS, EOS, ByteTokenizer, JsonTokenizer
 
     try:
@@ -147,7 +147,8 @@ def _of_run(source: Source, spec: LlamaSpec) -> Assets:
         path = Path(config.model.tokenizer_path)
         if path.exists():
             return _files_at(path)
-        tokenizer = tokenizer_for(config, spec.vocab_size, progress=False)
+        with folder_for_one_question() as build_in:
+            tokenizer = tokenizer_for(config, spec.vocab_size, progress=False, build_in=build_in)
     except (ReshardError, ValueError) as error:
         logger.warning("the tokenizer of %s cannot be had: %s", source.path, error)
         return {}

@@ -20,16 +20,17 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 import numpy as np
 
 from reshard.config import Config, Training
 from reshard.errors import DataError
-from reshard.text.once import cannot_write, once, sync_folder
+from reshard.text.once import CACHE_HINT, cannot_write, once, sync_folder
 from reshard.text.order import Tokens, count_sequences, too_short
 from reshard.text.sources import Piece, Source, open_source
 from reshard.text.tokenizers import BPE_RULE, BPE_SAMPLE_BYTES, Tokenizer, check_vocabulary, load_tokenizer
@@ -61,23 +62,30 @@ class TokenData:
 
 
 def prepare(
-    config: Config, spec_vocab_size: int, *, progress: bool = True, tokenizer: Tokenizer | None = None
+    config: Config,
+    spec_vocab_size: int,
+    *,
+    progress: bool = True,
+    tokenizer: Tokenizer | None = None,
+    build_in: Path | None = None,
 ) -> tuple[TokenData, Tokenizer]:
     """The tokens of `training.dataset`, from the cache or made now, and their tokenizer.
 
     spec_vocab_size: rows of the model's embedding. progress: a bar on stderr, where that is a terminal.
     tokenizer: use this one instead of `model.tokenizer_path`, e.g. to read other text with the tokenizer of a run.
+    build_in: make what is not there in this folder; the config's own is then only read. For a config that a file says.
     Any number of processes may call this at once: one builds, the others wait.
     Raises DataError (the source, the tokenizer or the cache folder cannot be used; too few tokens for one sequence),
     ConfigError (a tokenizer that is too large for the model).
     """
     source = open_source(config.training)
     if tokenizer is None:
-        tokenizer = tokenizer_for(config, spec_vocab_size, source, progress=progress)
+        tokenizer = tokenizer_for(config, spec_vocab_size, source, progress=progress, build_in=build_in)
     check_vocabulary(tokenizer, spec_vocab_size)
     fraction = config.validation.fraction
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    folder = config.token_folder / _key(FORMAT, source.identity, tokenizer.identity, dtype, repr(fraction))
+    key = _key(FORMAT, source.identity, tokenizer.identity, dtype, repr(fraction))
+    folder = (build_in or config.token_folder) / key
 
     def build() -> TokenData:
         _build(folder, config.training, source, tokenizer, dtype=dtype, fraction=fraction, progress=progress)
@@ -87,7 +95,9 @@ def prepare(
         return data
 
     def ready() -> TokenData | None:
-        data = _opened(folder)
+        data = _opened(config.token_folder / key)
+        if data is None and build_in is not None:
+            data = _opened(folder)
         return None if data is None else replace(data, reused=True)
 
     data = once(folder, ready, build)
@@ -96,21 +106,28 @@ def prepare(
 
 
 def tokenizer_for(
-    config: Config, spec_vocab_size: int, source: Source | None = None, *, progress: bool = True
+    config: Config,
+    spec_vocab_size: int,
+    source: Source | None = None,
+    *,
+    progress: bool = True,
+    build_in: Path | None = None,
 ) -> Tokenizer:
     """The tokenizer of a run; `bpe` is trained on the run's own training documents if the cache does not have it.
 
-    source: the run's, where it is open already. Raises as prepare does.
+    source: the run's, where it is open already. build_in: as prepare has it. Raises as prepare does.
     """
     path, cache_folder = config.model.tokenizer_path, config.token_folder
     if path != "bpe":
         return load_tokenizer(path, vocab_size=spec_vocab_size, cache_folder=cache_folder)
     source = source or open_source(config.training)
     fraction = config.validation.fraction
+    key = Path("tokenizers") / _key(BPE_RULE, BPE_SAMPLE_BYTES, source.identity, repr(fraction))
     return load_tokenizer(
         path,
         vocab_size=spec_vocab_size,
-        cache_folder=cache_folder / "tokenizers" / _key(BPE_RULE, BPE_SAMPLE_BYTES, source.identity, repr(fraction)),
+        cache_folder=cache_folder / key,
+        build_in=build_in / key if build_in is not None else None,
         training_texts=lambda: (piece.text for number, piece in _numbered(source) if not is_held_out(number, fraction)),
         progress=progress,
     )
@@ -119,6 +136,31 @@ def tokenizer_for(
 def fingerprint_of(tokenizer: Tokenizer) -> str:
     """What a checkpoint records of its run's tokenizer."""
     return f"{tokenizer.identity[:16]} ({tokenizer.vocab_size} tokens)"
+
+
+@contextmanager
+def folder_for_one_question(named: Path | None = None) -> Iterator[Path]:
+    """Where a command that only asks something may build a cache: `named`, else a temporary folder, gone afterwards.
+
+    Never what a config out of an opened file names: whoever made the file would decide where we write.
+    Raises DataError where it cannot be written.
+    """
+    hint = (
+        "another --cache-folder"
+        if named is not None
+        else "TMPDIR=PATH in front of the command names a folder with room"
+    )
+    try:
+        made = TemporaryDirectory(prefix="reshard-", ignore_cleanup_errors=True) if named is None else None
+    except OSError as error:
+        raise DataError(f"no temporary folder can be made: {error.strerror or error}", hint=hint) from None
+    with made or nullcontext(str(named)) as folder:
+        try:
+            yield Path(folder)
+        except DataError as error:
+            if error.hint != CACHE_HINT:
+                raise
+            raise DataError(error.message, path=error.path, hint=hint) from None
 
 
 def is_held_out(number: int, fraction: float) -> bool:

@@ -93,6 +93,7 @@ def load_tokenizer(
     *,
     vocab_size: int,
     cache_folder: Path,
+    build_in: Path | None = None,
     training_texts: Callable[[], Iterable[str]] | None = None,
     progress: bool = False,
 ) -> Tokenizer:
@@ -102,6 +103,7 @@ def load_tokenizer(
     vocab_size: only "bpe" uses it, as the size to train to.
     cache_folder: where "bpe" keeps its file, <cache_folder>/bpe-<vocab_size>/tokenizer.json. It belongs to one text:
         what is found there is used as it is.
+    build_in: where a "bpe" that is not in cache_folder is kept instead; nothing is then written into cache_folder.
     training_texts: the text to train "bpe" on; only called when there is no file yet.
     progress: show that training is at work, where stderr is a terminal.
     Raises DataError (missing, not a tokenizer), ConfigError (a vocabulary too small for any BPE).
@@ -109,7 +111,8 @@ def load_tokenizer(
     if path == "bytes":
         return ByteTokenizer()
     if path == "bpe":
-        return _load_bpe(vocab_size, cache_folder, training_texts, progress)
+        folders = [cache_folder, *([build_in] if build_in is not None else [])]
+        return _load_bpe(vocab_size, folders, training_texts, progress)
     file = _tokenizer_file(path)
     try:
         data = file.read_bytes()
@@ -423,19 +426,25 @@ def _check_bpe_size(vocab_size: int) -> None:
 
 
 def _load_bpe(
-    vocab_size: int, cache_folder: Path, training_texts: Callable[[], Iterable[str]] | None, progress: bool
+    vocab_size: int,
+    folders: Sequence[Path],
+    training_texts: Callable[[], Iterable[str]] | None,
+    progress: bool,
 ) -> JsonTokenizer:
+    """folders: where it may be; in the last one it is trained."""
     _check_bpe_size(vocab_size)
-    file = cache_folder / f"bpe-{vocab_size}" / "tokenizer.json"
+    files = [folder / f"bpe-{vocab_size}" / "tokenizer.json" for folder in folders]
+    file = files[-1]
 
     def ready() -> JsonTokenizer | None:
-        try:
-            return _load_json("bpe", file, file.read_bytes())
-        except OSError:
-            return None
-        except DataError as error:
-            logger.warning("%s; it is trained again", error.message)
-            return None
+        for place in files:
+            try:
+                return _load_json("bpe", place, place.read_bytes())
+            except OSError:
+                continue
+            except DataError as error:
+                logger.warning("%s; it is trained again", error.message)
+        return None
 
     def build() -> JsonTokenizer:
         if training_texts is None:
