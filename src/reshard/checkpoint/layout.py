@@ -9,6 +9,7 @@ Everything else is not ours and is never touched.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,13 @@ _OLD = re.compile(r"^(?P<target>.+)\.old-[0-9a-f]{16}\Z")
 
 @dataclass(frozen=True)
 class Entry:
-    """One step-N directory: committed, or why it is not."""
+    """One step-N directory: committed, or why it is not. linked: it leads elsewhere, and was not looked at."""
 
     path: Path
     step: int
     manifest: Manifest | None
     problem: CheckpointError | None = None
+    linked: bool = False
 
     @property
     def committed(self) -> bool:
@@ -59,13 +61,20 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def entries(folder: Path) -> list[Entry]:
+def entries(folder: Path, *, root: Path | None = None) -> list[Entry]:
     """All step-N directories of a folder, oldest save first. An absent folder has none.
 
     Torn ones come first, by step; then step-0, whenever it was made; then the others by their sequence numbers.
+    root: no link out of this folder is followed; a step that is one, or has one in it, is `linked`.
     """
     found = []
     for path, step in named_steps(folder):
+        if root is not None and (target := _leads_out_anywhere(path, root)):
+            problem = NotACheckpoint(
+                f"a link leads to `{target}`, out of `{root}`: not followed", path=path, hint="name the place itself"
+            )
+            found.append(Entry(path, step, None, problem, linked=True))
+            continue
         if not path.is_dir():
             continue
         try:
@@ -88,6 +97,26 @@ def named_steps(folder: Path) -> list[tuple[Path, int]]:
     except OSError as error:
         raise StorageError(f"checkpoint folder `{folder}` cannot be read: {error}", path=folder) from None
     return [(path, step) for path in paths if (step := step_of(path)) is not None]
+
+
+def leads_out(path: Path, root: Path) -> str | None:
+    """Where does a path below `root` end, if links lead it out of there? None where it stays inside.
+
+    A folder that somebody handed over may hold links to anything; who asks about the folder did not ask about that.
+    """
+    there = os.path.realpath(path)  # not Path.resolve(), which raises where links go round in a circle
+    return None if Path(there).is_relative_to(os.path.realpath(root)) else there
+
+
+def _leads_out_anywhere(step: Path, root: Path) -> str | None:
+    """As leads_out, of a step and of the files in it."""
+    if (target := leads_out(step, root)) is not None or not step.is_dir():
+        return target
+    try:
+        links = [step / entry.name for entry in os.scandir(step) if entry.is_symlink()]
+    except OSError as error:
+        raise StorageError(f"`{step}` cannot be read: {error.strerror or error}", path=step) from None
+    return next((there for link in links if (there := leads_out(link, root)) is not None), None)
 
 
 def read_step(directory: Path) -> Manifest:

@@ -43,7 +43,7 @@ def answer(
     tensor. Raises ConfigError where a folder is asked for one of these, FormatError for a name that is not there.
     """
     if (tensor is not None or tree) and path.exists() and _is_folder(path) and is_ours(path):
-        steps = [entry.path for entry in entries(path) if entry.committed]
+        steps = [entry.path for entry in entries(path, root=path) if entry.committed]
         raise ConfigError(
             f"`{path}` is a folder of checkpoints, expected one of them",
             hint=f"name one: reshard inspect {steps[-1]}" if steps else None,
@@ -68,7 +68,7 @@ def answer(
 
 def is_ours(path: Path) -> bool:
     """Is this one of our checkpoints, or a folder with steps in it?"""
-    return (path / MANIFEST).exists() or (path.is_dir() and not is_foreign(path) and bool(entries(path)))
+    return (path / MANIFEST).exists() or (path.is_dir() and not is_foreign(path) and bool(entries(path, root=path)))
 
 
 def _is_folder(path: Path) -> bool:

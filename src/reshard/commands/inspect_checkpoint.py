@@ -81,7 +81,11 @@ def chain(path: Path, manifest: Manifest) -> list[Link]:
     A manifest names its parent's save id, which is looked for in the folder, and the directory that its run started
     from. Where retention has deleted the parent, the chain goes on from there.
     """
-    by_id = {e.manifest.save_id: (e.path, e.manifest) for e in entries(path.parent) if e.manifest is not None}
+    by_id = {
+        e.manifest.save_id: (e.path, e.manifest)
+        for e in entries(path.parent, root=path.parent)
+        if e.manifest is not None
+    }
     links = [_link(path.name, manifest)]
     seen = {manifest.save_id}
     while True:

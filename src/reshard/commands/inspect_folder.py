@@ -15,7 +15,7 @@ from reshard.errors import NotACheckpoint
 
 def report(folder: Path) -> dict[str, Any]:
     """A folder's report as plain JSON values. Raises NotACheckpoint where no step lies in it, StorageError."""
-    found = entries(folder)
+    found = entries(folder, root=folder)
     if not found:
         raise NotACheckpoint(
             f"`{folder}` holds no step-N directory, expected a checkpoint or a folder of them",
@@ -47,7 +47,8 @@ def rows(found: Sequence[Entry], run: RunRecord | None) -> list[dict[str, Any]]:
         m = entry.manifest
         if m is None:
             problem = entry.problem.message if entry.problem else ""
-            row |= {"holds": None, "problem": problem, "verified": {"level": "files", "whole": False}}
+            whole = None if entry.linked else False
+            row |= {"holds": None, "problem": problem, "verified": {"level": "files", "whole": whole}}
         else:
             where = "abandoned" if entry.path in left else "current" if entry.path in line else "earlier"
             trained = m.source.get("kind") == "train"
@@ -72,7 +73,8 @@ def text(found: Mapping[str, Any]) -> list[str]:
     cells = [head]
     for row in found["steps"]:
         if row["holds"] is None:
-            cells.append((str(row["step"]), "-", "-", "-", "DAMAGED", "-", "-", row["problem"]))
+            word = "DAMAGED" if row["verified"]["whole"] is False else "a link"
+            cells.append((str(row["step"]), "-", "-", "-", word, "-", "-", row["problem"]))
             continue
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
         cells.append(

@@ -6,13 +6,15 @@ template engine; what the page's script reads are numbers and escaped JSON.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from statistics import median
 from typing import Any
 
-from reshard.checkpoint.layout import Entry, entries
+from reshard.checkpoint.layout import Entry, entries, leads_out
 from reshard.commands.amounts import counted, date, seconds, size
 from reshard.commands.report_charts import TONES, Curve, Line, Scale, drawn, finite, short, step_scale
 from reshard.commands.report_checkpoints import Advance, Verified, checkpoint_rows, verify_entry
@@ -20,6 +22,8 @@ from reshard.commands.run_lines import moment, step_of_line
 from reshard.commands.run_record import RunRecord, Stretch, read_run
 from reshard.errors import StorageError
 from reshard.text.once import write_whole
+
+logger = logging.getLogger(__name__)
 
 EXPORTS = "exports"  # where `checkpoint.export` puts them
 _LAST = 12  # steps at the end of a run over which the last loss is averaged
@@ -39,10 +43,15 @@ def run(folder: Path, output: Path | None = None, *, png: bool = False, verify: 
         from reshard.commands.report_png import check_matplotlib
 
         check_matplotlib()  # before anything is written
-    place = checkpoint_folder(record)
-    found = entries(place) if place is not None else []
-    verified = {e.path: verify_entry(e, advance) for e in found} if verify else {}
-    content = render(context(record, found, verified))
+    found, linked = checkpoints_of(record)
+    if linked is not None:
+        logger.warning(
+            "%s: its checkpoints lie elsewhere, by a link: not followed; `reshard inspect %s` lists them",
+            folder,
+            linked,
+        )
+    verified = {e.path: verify_entry(e, advance) for e in found if not e.linked} if verify else {}
+    content = render(context(record, found, verified, linked))
     _write(output, content.encode())
     written = [output]
     if png:
@@ -57,8 +66,8 @@ def run(folder: Path, output: Path | None = None, *, png: bool = False, verify: 
 
 def bytes_to_verify(folder: Path) -> int:
     """For a progress bar."""
-    place = checkpoint_folder(read_run(folder))
-    return sum(e.manifest.bytes for e in (entries(place) if place is not None else []) if e.manifest is not None)
+    found, _ = checkpoints_of(read_run(folder))
+    return sum(e.manifest.bytes for e in found if e.manifest is not None)
 
 
 def render(values: Mapping[str, Any]) -> str:
@@ -110,25 +119,38 @@ def _times(points: list[tuple[int, float]], factor: float) -> list[tuple[int, fl
     return [(step, factor * value) for step, value in points]
 
 
+def checkpoints_of(record: RunRecord) -> tuple[list[Entry], str | None]:
+    """The run's checkpoints; or none, and where their folder leads, if that is a link out of the run's folder."""
+    place = checkpoint_folder(record)
+    if place is None:
+        return [], None
+    target = leads_out(place, record.folder)
+    return ([], target) if target is not None else (entries(place, root=record.folder), None)
+
+
 def checkpoint_folder(record: RunRecord) -> Path | None:
-    """Where the run's checkpoints lie today, also if the dump folder was moved since. None: nowhere."""
+    """Where the run's checkpoints lie today, also if the dump folder was moved since. None: nowhere. May be a link."""
     for _, save in reversed(record.saves):
         parts = save.path.parent.parts
         for depth in range(1, min(4, len(parts) + 1)):
             place = record.folder.joinpath(*parts[-depth:])
-            if ".." not in parts[-depth:] and parts[-depth] != "/" and (place / "").is_dir() and entries(place):
+            if ".." in parts[-depth:] or parts[-depth] == "/" or not place.is_dir():
+                continue
+            if leads_out(place, record.folder) is not None or entries(place, root=record.folder):
                 return place
     usual = record.folder / "checkpoint"
     return usual if usual.is_dir() else None
 
 
-def context(record: RunRecord, found: list[Entry], verified: Mapping[Path, Verified]) -> dict[str, Any]:
-    """All that the template shows, as plain values."""
+def context(
+    record: RunRecord, found: list[Entry], verified: Mapping[Path, Verified], linked: str | None = None
+) -> dict[str, Any]:
+    """All that the template shows, as plain values. linked: as checkpoints_of says."""
     tones = {layout: i % TONES for i, layout in enumerate(dict.fromkeys(s.layout for s in record.stretches))}
     first = min((min(s.records) for s in record.stretches if s.records), default=0)
     last = max(s.last_step for s in record.stretches)
     x = step_scale(min(first, 0 if first == 1 else first), last)
-    checkpoints = checkpoint_rows(record, found, verified)
+    checkpoints = checkpoint_rows(record, found, verified, linked)
     newest = found[-1].manifest if found else None
     config = newest.config if newest is not None and newest.config else {}
     bands = _bands(record, x, tones)
@@ -305,17 +327,50 @@ def _timing(checkpoints: list[dict[str, Any]]) -> Curve:
 
 
 def _exports(folder: Path) -> list[dict[str, Any]]:
-    """What lies in `exports/<step-N>/<format>`."""
+    """What lies in `exports/<step-N>/<format>`. No link is followed, and what cannot be read says so."""
     found = []
-    for path in sorted((folder / EXPORTS).glob("*/*")):
-        if not path.is_dir() or ".old-" in path.name or ".tmp-" in path.name:
+    for path, word in _folders_below(folder / EXPORTS, 2):
+        if ".old-" in path.name or ".tmp-" in path.name:
             continue
-        files = [p for p in path.rglob("*") if p.is_file()]
-        total = sum(p.stat().st_size for p in files)
-        made = max((p.stat().st_mtime for p in files), default=path.stat().st_mtime)
-        found.append({"from": path.parent.name, "format": path.name, "path": str(path.relative_to(folder)),
-                      "files": len(files), "bytes": size(total), "at": date(datetime.fromtimestamp(made, UTC))})  # fmt: skip
+        name, problem = str(path.relative_to(folder)), word
+        row: dict[str, Any] = {"from": path.parent.name, "format": path.name, "files": None, "bytes": None, "at": None}
+        try:
+            stats = list(_files_below(path)) if not problem else []
+            if not problem:
+                made = max((s.st_mtime for s in stats), default=path.stat().st_mtime)
+                total = sum(s.st_size for s in stats)
+                row |= {"files": len(stats), "bytes": size(total), "at": date(datetime.fromtimestamp(made, UTC))}
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror or error}"
+        found.append({**row, "path": f"{name} {problem}".rstrip()})
     return found
+
+
+def _folders_below(path: Path, levels: int) -> Iterator[tuple[Path, str]]:
+    """The folders so many levels below; and with a word on why, each of them and on the way that is not looked into."""
+    if path.is_symlink():
+        yield path, "is a link, not followed"
+    elif levels == 0:
+        yield path, ""
+    else:
+        try:
+            inner = [e for e in os.scandir(path) if e.is_symlink() or e.is_dir(follow_symlinks=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            yield path, f"cannot be read: {error.strerror or error}"
+            return
+        for entry in sorted(inner, key=lambda e: e.name):
+            yield from _folders_below(Path(entry.path), levels - 1)
+
+
+def _files_below(folder: Path) -> Iterator[os.stat_result]:
+    """Of every file in a folder and below. Raises OSError where one cannot be looked at."""
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files_below(Path(entry.path))
+        elif entry.is_file(follow_symlinks=False):
+            yield entry.stat(follow_symlinks=False)
 
 
 def _write(path: Path, content: bytes) -> None:

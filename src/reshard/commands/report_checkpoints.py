@@ -29,15 +29,20 @@ class Verified:
 
 
 def verify_entry(entry: Entry, advance: Advance) -> Verified:
-    """Read every byte of a checkpoint. Raises nothing of ours."""
+    """Read every byte of a checkpoint that is no link. Raises nothing of ours."""
     began = time.perf_counter()
     verdict = verify_checkpoint(entry.path, "bytes", advance)
     problem = verdict.problem or "; ".join(f"{f.file} {f.problem}".strip() for f in verdict.findings[:3])
     return Verified(verdict.whole, problem, time.perf_counter() - began)
 
 
-def checkpoint_rows(record: RunRecord, found: list[Entry], verified: Mapping[Path, Verified]) -> list[dict[str, Any]]:
-    """A row for each save of the run, in their order, and before them what it began with; see the template."""
+def checkpoint_rows(
+    record: RunRecord, found: list[Entry], verified: Mapping[Path, Verified], linked: str | None = None
+) -> list[dict[str, Any]]:
+    """A row for each save of the run, in their order, and before them what it began with; see the template.
+
+    linked: where the folder of checkpoints leads, if it is a link out of the run's: then none of them was looked at.
+    """
     on_disk = {Path(row["path"]).name: row for row in rows(found, record)}
     aside = _set_aside(record)
     newest = {save.path.name: i for i, (_, save) in enumerate(record.saves)}
@@ -53,6 +58,8 @@ def checkpoint_rows(record: RunRecord, found: list[Entry], verified: Mapping[Pat
         }  # fmt: skip
         if there is None:
             gone = f"set aside as {aside[i]}" if i in aside else "replaced" if newest[name] != i else "deleted since"
+            if linked is not None:
+                gone = f"not looked at: the folder is a link to {linked}"
             row |= {"state": gone, "sort": "bad" if i in aside else "gone"}
         else:
             row |= _state(there, verified.get(Path(there["path"])))
@@ -75,6 +82,8 @@ def checkpoint_rows(record: RunRecord, found: list[Entry], verified: Mapping[Pat
 
 def _state(row: Mapping[str, Any], verified: Verified | None) -> dict[str, Any]:
     """What is known of a checkpoint that is there."""
+    if row["holds"] is None and row["verified"]["whole"] is None:
+        return {"state": f"not looked at: {row['problem']}", "sort": "gone", "line": None}
     if row["holds"] is None or (verified is not None and verified.whole is False):
         problem = verified.problem if verified is not None and verified.problem else row.get("problem")
         return {"state": f"DAMAGED: {problem}", "sort": "bad", "line": row.get("line")}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 
 from reshard.commands.report_charts import Curve, finite, smoothed
 from reshard.commands.run_record import RunRecord
@@ -21,10 +24,25 @@ def check_matplotlib() -> None:
         raise ConfigError("PNG files need matplotlib, which is not installed", hint="pip install 'reshard[plot]'")
 
 
+@contextmanager
+def _no_traces() -> Iterator[None]:
+    """Matplotlib, as it is imported, makes folders in the user's home and a list of fonts in them: nobody asked for it."""
+    if "MPLCONFIGDIR" in os.environ:
+        yield
+        return
+    with TemporaryDirectory(prefix="reshard-") as folder:
+        os.environ["MPLCONFIGDIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["MPLCONFIGDIR"]
+
+
 def draw(record: RunRecord, curves: Sequence[Curve]) -> Iterator[tuple[str, bytes]]:
     """(key, PNG file) of each curve."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with _no_traces():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     tones = {layout: i % len(_TONES) for i, layout in enumerate(dict.fromkeys(s.layout for s in record.stretches))}
     for curve in curves:

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from reshard.checkpoint.layout import leads_out
 from reshard.commands.run_lines import numeric, read_lines, seconds_of_line, step_of_line, time_of_line
 from reshard.errors import DataError
 
@@ -175,7 +176,14 @@ def read_run(folder: Path, only: Container[int] | None = None) -> RunRecord:
 
     Raises DataError where it holds no run.
     """
-    metrics = folder / METRICS
+    metrics, events = folder / METRICS, folder / EVENTS
+    for journal in (metrics, events):
+        if (target := leads_out(journal, folder)) is not None:
+            raise DataError(
+                f"`{journal}` is a link to `{target}`, out of the run's folder: it is not followed",
+                path=journal,
+                hint="name the folder that it lies in, or put a copy in the link's place",
+            )
     if not folder.is_dir():
         problem = "is a file, expected the dump folder of a run" if folder.exists() else "does not exist"
         raise DataError(f"`{folder}` {problem}", path=folder, hint=_other_run(folder))
@@ -188,7 +196,6 @@ def read_run(folder: Path, only: Container[int] | None = None) -> RunRecord:
             path=metrics,
             hint="the run writes one when its first step is done",
         )
-    events = folder / EVENTS
     recorded = read_lines(events) if events.is_file() else []
     return RunRecord(folder, tuple(_stretches(lines, [e for e in recorded if isinstance(e.get("event"), str)])))
 
