@@ -47,6 +47,10 @@ _STORAGE_CLASSES = {
 }  # fmt: skip
 
 
+class OtherArchive(FormatError):
+    """An archive that is not read: nothing is known to be wrong with it."""
+
+
 @dataclass(frozen=True)
 class Record:
     """A run of bytes in the file. crc32: as stored with it; None where the writer stored none."""
@@ -211,7 +215,7 @@ def _records(window: _Window, where: str, path: Path) -> tuple[dict[str, Record]
         entry.filename for entry in entries if entry.filename.count("/") == 1 and entry.filename.endswith("/data.pkl")
     ]
     if len(pickles) != 1:
-        raise FormatError(
+        raise OtherArchive(
             f"{where} is a zip, but not one of torch.save: expected one record <name>/data.pkl, got {len(pickles)}",
             path=path,
         )
@@ -231,7 +235,7 @@ def _record(window: _Window, where: str, path: Path, entry: zipfile.ZipInfo) -> 
         or entry.compress_size != entry.file_size
         or entry.flag_bits & _ENCRYPTED
     ):
-        raise FormatError(
+        raise OtherArchive(
             f"{where}: record `{entry.filename}` is compressed or encrypted, torch.save stores them as they are",
             path=path,
             hint="unpack the file and pack it again without compression: zip -0",
@@ -255,7 +259,7 @@ def _record(window: _Window, where: str, path: Path, entry: zipfile.ZipInfo) -> 
 def _not_a_zip(window: _Window, where: str, path: Path) -> FormatError:
     start = window.bytes_at(0, len(_LEGACY_START))
     if start == _LEGACY_START:
-        return FormatError(
+        return OtherArchive(
             f"{where} was written by torch.save's old format (before torch 1.6), expected a zip",
             path=path,
             hint=f"save it again: python -c \"import torch; torch.save(torch.load('{path.name}', weights_only=True, "
@@ -340,7 +344,7 @@ def _unpickle(window: _Window, where: str, path: Path, records: Mapping[str, Rec
     if byte_order is not None:
         found = window.bytes_at(byte_order.offset - window.start, min(byte_order.nbytes, 16))
         if found != b"little":
-            raise FormatError(f"{where} was written in byte order {found!r}, expected little-endian", path=path)
+            raise OtherArchive(f"{where} was written in byte order {found!r}, expected little-endian", path=path)
     pickle = records[f"{root}data.pkl"]
     if pickle.nbytes > MOST_BYTES:
         raise FormatError(f"{where}: data.pkl has {pickle.nbytes:,} bytes, no state dict needs that", path=path)

@@ -1,13 +1,15 @@
-"""Is it whole? `reshard verify`: checkpoints, folders of them, foreign DCP, .pt, .pth and safetensors."""
+"""Is it whole? `reshard verify`: checkpoints, folders of them, foreign DCP, and weights in the files of other programs."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from reshard.checkpoint.layout import is_foreign, step_of
 from reshard.checkpoint.manifest import MANIFEST
 from reshard.checkpoint.verify import Advance, Finding, Level, Verdict, verify_checkpoint, verify_foreign
-from reshard.errors import FormatError
+from reshard.commands.verify_folder import verify_folder, verify_parts
+from reshard.commands.verify_weights import kind_of, unfinished
 
 
 def run(path: Path, level: Level = "bytes", advance: Advance = lambda n: None) -> list[Verdict]:
@@ -34,14 +36,11 @@ def _run(path: Path, level: Level, advance: Advance) -> list[Verdict]:
         )
         if steps:
             return [verdict for step in steps for verdict in run(step, level, advance)]
-        files = [p for p in _listed(path) if p.suffix in (".safetensors", ".pth", ".pt")]
-        if files:
-            return [verdict for file in files for verdict in run(file, level, advance)]
-        return [verify_checkpoint(path, level, advance)]
-    if path.suffix == ".safetensors":
-        return [_verify_safetensors(path)]
-    if path.suffix in (".pt", ".pth") and path.is_file():
-        return [_verify_pt(path, level, advance)]
+        return verify_folder(path, level, advance) or [verify_checkpoint(path, level, advance)]
+    if kind_of(path) is not None:
+        return verify_parts(path, level, advance)
+    if (target := unfinished(path.name)) is not None and path.is_file():
+        return [Verdict(str(path), "file", False, (Finding(path.name, f"is an unfinished download of {target}"),))]
     return [verify_checkpoint(path, level, advance)]
 
 
@@ -53,47 +52,13 @@ def exit_code(verdicts: list[Verdict]) -> int:
 
 
 def size_of(path: Path) -> int:
-    """Bytes below a path, for a progress bar."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-
-
-def _read_through(path: Path) -> None:
-    """Is it the file or the disk? Raises OSError where the disk does not give all of it."""
-    with open(path, "rb", buffering=0) as file:
-        while file.read(1 << 20):
-            pass
+    """Bytes below a path, for a progress bar; of what cannot be looked at, none."""
+    total = 0
+    for file in [path] if path.is_file() else path.rglob("*"):
+        with suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def _listed(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
-
-
-def _verify_safetensors(path: Path) -> Verdict:
-    from reshard.formats.safetensors import open_safetensors
-
-    notes = ("safetensors stores no checksums: the structure was checked",)
-    try:
-        tensors = open_safetensors(path)
-    except FormatError as error:
-        if not path.exists():
-            return Verdict(str(path), "nothing", None, problem=error.message)
-        _read_through(path)
-        return Verdict(str(path), "safetensors", False, (Finding(path.name, error.message),))
-    return Verdict(str(path), f"safetensors ({len(tensors)} tensors)", True, notes=notes)
-
-
-def _verify_pt(path: Path, level: Level, advance: Advance) -> Verdict:
-    from reshard.formats.torch_pt import check_records, open_pt
-
-    try:
-        file = open_pt(path)
-        if level == "bytes":
-            check_records(file)
-            advance(file.nbytes)
-    except FormatError as error:
-        _read_through(path)
-        return Verdict(str(path), "torch.save file", False, (Finding(path.name, error.message),))
-    checked = file.nbytes if level == "bytes" else 0
-    return Verdict(str(path), f"torch.save file ({len(file.tensors)} tensors)", True, bytes_checked=checked)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,14 @@ _U32, _I32, _F32 = 4, 5, 6
 
 PLAIN = {0: "float32", 1: "float16", 30: "bfloat16", 28: "float64"}  # ggml type -> torch dtype
 _TYPES = {dtype: number for number, dtype in PLAIN.items()}
+# ggml type -> numbers in a block, and its bytes. Source: ggml's ggml.c, type_traits; gguf's GGML_QUANT_SIZES.
+BLOCKS = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40), 10: (256, 84),
+    11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74),
+    18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2),
+    26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
+    40: (64, 36), 41: (128, 18),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,13 @@ class Info:
     shape: tuple[int, ...]
     ggml_type: int
     offset: int
+
+    @property
+    def nbytes(self) -> int | None:
+        """Of its numbers; None where its type is not known, or its rows are no whole number of blocks."""
+        numbers, block_bytes = BLOCKS.get(self.ggml_type, (0, 0))
+        row = self.shape[-1] if self.shape else 1
+        return prod(self.shape) // numbers * block_bytes if numbers and row % numbers == 0 else None
 
 
 @dataclass(frozen=True)
@@ -131,6 +147,29 @@ def _read(reader: _Reader, path: Path, nbytes: int) -> GgufFile:
             raise FormatError(f"{path} has two tensors {name}", path=path)
         tensors[name] = Info(name, shape, kind, start + offset)
     return GgufFile(path, nbytes, values, tensors)
+
+
+def check_places(file: GgufFile) -> list[Info]:
+    """Are the numbers of all tensors in the file, each in a place of its own? Those whose size is not known are returned.
+
+    Raises FormatError where the file is cut short, or two tensors overlap.
+    """
+    unknown, end = [], 0
+    for info in sorted(file.tensors.values(), key=lambda info: info.offset):
+        if info.offset < end:
+            raise FormatError(
+                f"{file.path}: {info.name} begins at byte {info.offset:,}, within the one before it", path=file.path
+            )
+        if info.nbytes is None:
+            unknown.append(info)
+        end = info.offset + (1 if info.nbytes is None else info.nbytes)
+        if end > file.nbytes:
+            raise FormatError(
+                f"{file.path} is cut short: {info.name} ends at byte {end:,}, the file has {file.nbytes:,}",
+                path=file.path,
+                hint="copy or download this file again",
+            )
+    return unknown
 
 
 # -- writing

@@ -294,11 +294,10 @@ def _check_count(
             path=shards[0].path,
             wrong={_NORM: (str([params["dim"]]), str(list(parts[0][_NORM].shape)))},
         )
-    head_dim = params.get("head_dim", params["dim"] // params["n_heads"])
-    rows, part = params["n_heads"] * head_dim, parts[0][_WQ].shape[0]
-    if part == 0 or rows % part:
+    part = parts[0][_WQ].shape[0]
+    rows, expected = _parts_of_wq(params, part)
+    if expected is None:
         return  # not a matter of their number: the check of the shapes says it
-    expected = rows // part
     if got < expected:
         missing = [shard_name(i) for i in range(got, expected)]
         raise FormatError(
@@ -315,6 +314,21 @@ def _check_count(
             path=directory / extra[0],
             hint="move the files of another model away",
         )
+
+
+def _parts_of_wq(params: Mapping[str, Any], part: int) -> tuple[int, int | None]:
+    """Rows of wq, and into how many files they were cut, `part` to each; None where they do not divide so."""
+    rows = params["n_heads"] * params.get("head_dim", params["dim"] // params["n_heads"])
+    return rows, rows // part if part and rows % part == 0 else None
+
+
+def files_wanted(params: Path, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """How many consolidated.NN.pth were there, by params.json and the shapes in one? None where they do not say.
+
+    Raises FormatError as for a params.json that cannot be read.
+    """
+    shape = shapes.get(_WQ, ())
+    return _parts_of_wq(_read_params(params), shape[0])[1] if shape else None
 
 
 def _spec(

@@ -26,6 +26,23 @@ DTYPES = {
 
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, by name as written. Reads the header only. Raises FormatError."""
+    base, entries = read_header(path)
+    tensors = {}
+    for name, kind, shape, begin, end in entries:
+        if kind not in DTYPES:
+            raise FormatError(f"`{path}`: {name} is of dtype {kind!r}, which is not known", path=path)
+        dtype = DTYPES[kind]
+        rows, width = (shape[0], prod(shape[1:]) * ITEM_BYTES[dtype]) if shape else (1, ITEM_BYTES[dtype])
+        region = Region(path, base + begin, end - begin)
+        tensors[name] = StoredTensor(name, shape, dtype, (Block(region, 0, 0, rows, 0, width),))
+    return tensors
+
+
+Entry = tuple[str, str, tuple[int, ...], int, int]  # name, dtype as written, shape, first byte of the data, byte behind
+
+
+def read_header(path: Path) -> tuple[int, list[Entry]]:
+    """Where the data begins, and the tensors in their order there: all of it, and nothing else. Raises FormatError."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -47,34 +64,34 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(header, dict):
         raise FormatError(f"`{path}` does not have a JSON object as its header", path=path)
     header.pop("__metadata__", None)
-    base = 8 + length
-    tensors, at = {}, 0
-    spans = [(name, *_entry(path, name, entry)) for name, entry in header.items()]
-    for name, dtype, shape, begin, end in sorted(spans, key=lambda s: (s[3], s[4])):
+    base, at = 8 + length, 0
+    entries = sorted((_entry(path, name, entry) for name, entry in header.items()), key=lambda e: (e[3], e[4]))
+    for name, kind, shape, begin, end in entries:
         if begin != at:
             what = "a hole" if begin > at else "an overlap"
             raise FormatError(f"`{path}` has {what} before {name}: it begins at {begin}, expected {at}", path=path)
-        expected = prod(shape) * ITEM_BYTES[dtype]
+        expected = prod(shape) * ITEM_BYTES[DTYPES[kind]] if kind in DTYPES else max(0, end - begin)
         if end - begin != expected:
             raise FormatError(
-                f"`{path}`: {name} {shape} {dtype} takes {expected} bytes, the header gives it {end - begin}", path=path
+                f"`{path}`: {name} {shape} {kind} takes {expected} bytes, the header gives it {end - begin}", path=path
             )
         at = end
-        rows, width = (shape[0], prod(shape[1:]) * ITEM_BYTES[dtype]) if shape else (1, ITEM_BYTES[dtype])
-        region = Region(path, base + begin, end - begin)
-        tensors[name] = StoredTensor(name, shape, dtype, (Block(region, 0, 0, rows, 0, width),))
     if base + at != size:
-        raise FormatError(f"`{path}` has {size} bytes, its header describes {base + at}", path=path)
-    return tensors
+        raise FormatError(
+            f"`{path}` has {size} bytes, its header describes {base + at}",
+            path=path,
+            hint="it was cut short: copy or download it again" if size < base + at else None,
+        )
+    return base, entries
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+def _entry(path: Path, name: str, entry: Any) -> Entry:
     try:
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
         numbers = (*shape, begin, end)
-        if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+        if type(dtype) is not str or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
             raise ValueError(numbers)
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"`{path}`: the header's entry for {name} is not understood ({error})", path=path) from None
-    return dtype, shape, begin, end
+    return name, dtype, shape, begin, end
