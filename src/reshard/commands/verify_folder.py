@@ -155,8 +155,9 @@ def _by_number(seen: _Folder) -> None:
         if numbered and name not in seen.counted:
             groups.setdefault((numbered["name"], numbered["total"], numbered["suffix"]), []).append(name)
         elif not numbered and _split_count(seen.looks[name]) > 1:
+            count = _split_count(seen.looks[name])
             seen.answer.doubts.append(
-                f"{name} is one of {_split_count(seen.looks[name])} files of a GGUF; its name does not say what the others are called"
+                f"{name} is one of {count} files of a GGUF; its name does not say how the others are called"
             )
     for (_, total, suffix), names in groups.items():
         seen.counted |= set(names)

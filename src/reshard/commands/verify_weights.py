@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.checkpoint.verify import Advance, Finding, Level, Verdict
-from reshard.errors import FormatError
+from reshard.errors import FormatError, listed
 from reshard.formats.gguf_file import GgufFile, check_places, read_gguf
 from reshard.formats.lfs import MOST_BYTES, pointer
 from reshard.formats.safetensors import read_header
@@ -160,9 +160,9 @@ def _ask_gguf(path: Path, level: Level, advance: Advance, answer: Answer) -> Non
     answer.what, answer.gguf = f"GGUF ({len(file.tensors)} tensors)", file
     answer.shapes = {name: info.shape for name, info in file.tensors.items()}
     if unknown:
+        kinds = sorted({info.ggml_type for info in unknown})
         answer.doubts.append(
-            f"`{path}`: how many bytes {unknown[0].name} takes is not known (ggml type {unknown[0].ggml_type}), "
-            f"and {len(unknown) - 1} others"
+            f"`{path}`: how many bytes {unknown[0].name} takes is not known (ggml type {listed(map(str, kinds))})"
         )
     filled = [info for info in file.tensors.values() if info.nbytes]
     last = max(filled, key=lambda info: info.offset, default=None)
