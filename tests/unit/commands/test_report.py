@@ -16,6 +16,7 @@ import pytest
 from reshard.checkpoint.ranks import Ranks
 from reshard.checkpoint.save import About, save
 from reshard.commands.amounts import counted, seconds, size
+from reshard.commands.inspect import answer
 from reshard.commands.report import run
 from reshard.commands.report_charts import (
     MOST_POINTS,
@@ -226,6 +227,48 @@ def test_what_cannot_be_reported_or_written(tmp_path: Path, monkeypatch: pytest.
         run(tmp_path, png=True)
     assert "reshard[plot]" in (without.value.hint or "")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_no_link_out_of_the_run_is_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What they lead to is the run's own, moved away: were a link followed, its numbers would be on the page."""
+    run_folder, away = tmp_path / "run", tmp_path / "away"
+    write_run(run_folder)
+    (run_folder / "exports" / "step-40" / "hf" / "a").symlink_to("a")
+    (run_folder / "exports" / "step-40" / "gguf").symlink_to("/")
+    (run_folder / "checkpoint" / "step-40").rename(away)
+    (run_folder / "checkpoint" / "step-40").symlink_to(away)
+    (run_folder / "checkpoint" / "step-30").symlink_to("/proc")
+
+    def page() -> str:
+        run(run_folder, tmp_path / "r.html", verify=True)
+        return Page((tmp_path / "r.html").read_text()).text
+
+    text = page()
+    assert text.count("not looked at: a link leads to") == 2
+    assert "exports/step-40/gguf is a link, not followed" in text
+    assert "2.00 MB" in text or "2.0 MB" in text  # the export's one file, not the link beside it
+    listed, lines = answer(run_folder / "checkpoint")
+    assert [row["holds"] for row in listed["steps"]] == ["full", None, None]
+    assert sum("a link leads to" in line for line in lines) == 2
+    assert not any("DAMAGED" in line for line in lines)
+    (run_folder / "checkpoint").rename(tmp_path / "checkpoints")
+    (run_folder / "checkpoint").symlink_to(tmp_path / "checkpoints")
+    assert f"not looked at: the folder is a link to {tmp_path / 'checkpoints'}" in page()
+    assert f"reshard inspect {tmp_path / 'checkpoints'}" in caplog.text
+    for journal in ("events.jsonl", "metrics.jsonl"):
+        (run_folder / journal).rename(tmp_path / journal)
+        (run_folder / journal).symlink_to(tmp_path / journal)
+        with pytest.raises(DataError, match=rf"{journal}` is a link to"):
+            run(run_folder, tmp_path / "r.html")
+        (run_folder / journal).unlink()
+        (tmp_path / journal).rename(run_folder / journal)
+
+
+def test_a_run_is_reported_through_a_link_that_the_user_names(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    (tmp_path / "link").symlink_to("run")
+    (written,) = run(tmp_path / "link")
+    assert "names and sizes agree" in Page(written.read_text()).text
 
 
 def test_it_imports_no_torch(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Does a run's own tokenizer leave with its weights, so that the text of an export is the text of the training?"""
 
+import base64
 import json
 import logging
 from pathlib import Path
@@ -154,3 +155,40 @@ def test_newer_releases_renamed_special_tokens_but_moved_none():
     assert new[128008] == "<|eom_id|>"
     assert new[128010] == "<|python_tag|>"
     assert (new[128005], new[128011], new[128255]) == tuple(f"<|reserved_special_token_{i}|>" for i in (2, 3, 247))
+
+
+RANKS = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+
+
+DAMAGED = {
+    "cut": RANKS[:1500],
+    "a rank twice": RANKS.replace(b" 17\n", b" 18\n"),
+    "zeros": RANKS[:500] + bytes(64) + RANKS[564:],
+    "none": b"hello",
+    "empty": b"",
+    "a pointer": b"version https://git-lfs.github.com/spec/v1\nsize 2183982\n",
+}
+
+
+@pytest.mark.parametrize("target", ["hf", "gguf", "meta", "torchtune"])
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_tokenizer_is_not_handed_on(what, target, step, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(DAMAGED[what])
+    source = open_source(step)
+    with pytest.raises(DataError, match=r"tokenizer\.model"):
+        with_tokenizer(source, source.spec, target, tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"]
+)
+def test_nor_are_files_beside_the_weights_that_are_cut(name, step, tmp_path):
+    from reshard.commands.convert import run
+
+    run(step, tmp_path / "hf", to="hf")
+    run(tmp_path / "hf", tmp_path / "again", to="hf")
+    content = (tmp_path / "hf" / name).read_bytes()
+    (tmp_path / "hf" / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=rf"{name}.* is not JSON"):
+        run(tmp_path / "hf", tmp_path / "more", to="hf")
+    assert not (tmp_path / "more").exists()
