@@ -324,11 +324,14 @@ def report(run_dir: Path, output: Path | None, png: bool, verifying: bool, as_js
     type=click.Choice(["files", "bytes"]),
     default="bytes",
     show_default=True,
-    help="files: the manifest, names and sizes. bytes: also every byte.",
+    help="files: manifest, index, headers, names and sizes. bytes: also every byte that has a checksum.",
 )
 @_JSON
 def verify(paths: Sequence[Path], level: Literal["files", "bytes"], as_json: bool) -> None:
-    """Is it whole? Checkpoints, folders of them, foreign DCP, .pt, .pth, safetensors. Exit 0 yes, 1 no, 2 cannot tell."""
+    """Is it whole? Checkpoints, folders of them, foreign DCP; Hugging Face and Meta folders, safetensors, GGUF, .pt.
+
+    Exit 0 yes, 1 no, 2 cannot tell. safetensors and GGUF have no checksums: yes means that sizes, index and headers fit.
+    """
     from reshard.commands.verify import exit_code, run, size_of
     from reshard.progress import progress_bar
 

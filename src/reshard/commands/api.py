@@ -81,7 +81,8 @@ def inspect(
 def verify(path: AnyPath, *, level: Level = "bytes") -> list[Verdict]:
     """Is it whole? A verdict for the checkpoint or file, or for each in a folder: `whole` is True, False or None (unknown).
 
-    level: "files" looks at the manifest, names and sizes, "bytes" also reads every byte. Damage is a finding, not an error.
+    level: "files" looks at manifest, index, headers, names and sizes, "bytes" also reads every byte that has a checksum.
+    Damage is a finding, not an error. Of safetensors and GGUF, which have no checksums, True means that all of these fit.
     """
     from reshard.commands.verify import run
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from reshard.train.metrics import Journal
 TEXT = "".join(f"line {i} of a text, and no more than that.\n" for i in range(400))
 
 
-def changed(step: Path, **sections: dict[str, str]) -> None:
+def changed(step: Path, **sections: dict[str, Any]) -> None:
     """Give a checkpoint another config, as whoever made it could have: its digest is right."""
     body = json.loads((step / "manifest.json").read_text())
     for section, values in sections.items():
@@ -97,7 +98,11 @@ def test_nothing_is_written_but_what_was_asked_for(place: Path) -> None:
 def test_a_conversion_writes_its_target_only(place: Path, tmp_path: Path) -> None:
     from reshard.commands.convert import run
 
-    changed(place / "run/checkpoint/step-0", job={"dump_folder": str(place / "elsewhere")})
+    changed(
+        place / "run/checkpoint/step-0",
+        job={"dump_folder": str(place / "elsewhere too")},
+        training={"cache_folder": None},
+    )
     before = inventory(place)
     run(place / "run/checkpoint/step-0", tmp_path / "hf", to="hf")
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
