@@ -13,7 +13,7 @@ from reshard.commands.dcp_source import open_dcp
 from reshard.errors import ConfigError, FormatError, listed
 from reshard.formats.dialects import Told
 from reshard.formats.gguf import open_gguf
-from reshard.formats.hf import BIN, BIN_INDEX, INDEX, SINGLE, is_complete, open_hf, say_others
+from reshard.formats.hf import BIN, BIN_INDEX, INDEX, SINGLE, is_complete, open_hf, refuse_adapter, say_others
 from reshard.formats.hf_config import CONFIG, read_json, spec_from_config
 from reshard.formats.meta import PARAMS, open_meta, spec_from_params
 from reshard.formats.protocol import Source
@@ -46,6 +46,8 @@ def _format_of_directory(path: Path) -> str:
         return "dcp"
     if is_complete(path):
         return "hf"
+    if (path / CONFIG).is_file() and (path / BIN).is_file() and not (path / INDEX).is_file():
+        return format_of(path / BIN)
     if (path / PARAMS).is_file():
         return "meta"
     if (path / INDEX).is_file() or (path / SINGLE).is_file() or list(path.glob("*.safetensors")):
@@ -119,6 +121,7 @@ def open_source(
     if said is not None and not rope_matters:
         said = replace(said, scaling_from="file")
     if path.is_dir() and kind in ("torch", "gguf"):
+        refuse_adapter(path)
         file = single_file(path) or path
         say_others(path, [file.name])
         path = file

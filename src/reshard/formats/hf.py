@@ -63,7 +63,7 @@ def open_hf(path: Path, model: Told | None = None) -> Source:
     """
     directory = path if path.is_dir() else path.parent
     config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else None
-    _refuse_adapter(path)
+    refuse_adapter(path)
     said = Told(spec_from_config(config, directory / CONFIG)) if config is not None else told(path, model)
     files, found = _stored(path) if path.is_dir() else ([path], open_safetensors(path))
     if config is not None and not said.spec.tied and foreign_name(OUTPUT, HUGGING_FACE) not in found:
@@ -87,15 +87,15 @@ def open_hf(path: Path, model: Told | None = None) -> Source:
     )
 
 
-def _refuse_adapter(path: Path) -> None:
+def refuse_adapter(path: Path) -> None:
     """transformers puts an adapter on top of the model beside it: the model alone would be another one."""
     if path.is_dir() and (path / _ADAPTER).is_file():
-        whole = (path / SINGLE).is_file()
+        whole = next((path / name for name in (SINGLE, BIN) if (path / name).is_file()), None)
         raise FormatError(
             f"{path} holds an adapter (LoRA or the like; {_ADAPTER}), which is no model of its own",
             path=path / _ADAPTER,
             hint="merge it into its base with peft's merge_and_unload() and save_pretrained()"
-            + (f"; for the model without the adapter, name the file: {path / SINGLE}" if whole else ""),
+            + (f"; for the model without the adapter, name the file: {whole}" if whole else ""),
         )
 
 

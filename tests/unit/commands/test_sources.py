@@ -193,6 +193,7 @@ def bin_beside_meta(folder, old):
     (folder / "model.safetensors").unlink()
     beside_bin(folder, make_weights(2))
     torch.save({"x": 1}, folder / "training_args.bin")
+    beside_meta(folder, old)
     write_gguf(folder / "m.gguf", old)
 
 
@@ -233,6 +234,11 @@ def test_an_adapter_beside_a_model_is_not_passed_over(tmp_path):
         open_source(folder)
     assert str(folder / "model.safetensors") in error.value.hint
     assert open_source(folder / "model.safetensors").spec == SPEC
+    beside_bin(folder, make_weights())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FormatError, match="adapter") as error:
+        open_source(folder)
+    assert str(folder / "pytorch_model.bin") in error.value.hint
 
 
 def test_several_files_in_a_folder_are_named(tmp_path):
