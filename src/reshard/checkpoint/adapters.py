@@ -228,6 +228,7 @@ class ReshardWriter(StorageWriter):
         stored = [piece for _, result in told for piece in result.pieces]
         try:
             self._compare(results)
+            self._check_stored(tensors, stored)
             finish_save(
                 self._temporary,
                 self._directory,
@@ -260,7 +261,7 @@ class ReshardWriter(StorageWriter):
             others = [rank for rank in ranks if sums[rank].get(name) != sums[ranks[0]].get(name)]
             if others:
                 different[name, _ANYWHERE] = [ranks[0], *others]
-        if different and self._differ == "error":
+        if different and self._differ == "refuse":
             raise refusal(self._directory, different)
         log_sampled(self._directory, len(self._sampled))
         firsts = self._sampled | {name for name, _ in different} if self._differ == "first" else frozenset()
