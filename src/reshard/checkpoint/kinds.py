@@ -46,6 +46,8 @@ def problem_of(tensor: Tensor) -> str | None:
         return f"a tensor without numbers of its own ({layout}, {tensor.device})"
     if not archive.supported(tensor.dtype):
         return f"of dtype {tensor.dtype}, which cannot be stored"
+    if kind is not DTensor and tensor.numel() and not tensor.untyped_storage().nbytes():
+        return "a tensor whose memory was given back (FSDP1 does so between steps), expected one that has its numbers"
     return None
 
 

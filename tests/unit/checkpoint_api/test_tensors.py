@@ -252,14 +252,20 @@ def test_targets_made_in_inference_mode(door: str, tmp_path: Path) -> None:
     assert target["a"].tolist() == target["b"].tolist() == wanted.tolist()
 
 
+def freed() -> Tensor:
+    tensor = torch.ones(3)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 @doors
 @pytest.mark.parametrize(
     "tensor",
     [
         torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.empty(3, device="meta"),
-        torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), torch.zeros(2, dtype=torch.complex32),
+        torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), torch.zeros(2, dtype=torch.complex32), freed(),
     ],
-    ids=["sparse", "csr", "meta", "float4", "complex32"],
+    ids=["sparse", "csr", "meta", "float4", "complex32", "freed"],
 )  # fmt: skip
 def test_what_has_no_numbers_that_we_store_is_refused_by_name(tensor: Tensor, door: str, tmp_path: Path) -> None:
     with pytest.raises((CheckpointError, CheckpointException), match="`odd`"):
