@@ -159,7 +159,7 @@ class Bench:
         """Run all in each round, in turning order; one unmeasured round first. The CPU seconds are under `cpu <name>`."""
         names: list[str] = [n for n in contestants if not (self.turns and n.startswith(FOREIGN))]
         times: Times = {}
-        for number in range(-1, rounds):
+        for number in range(-1, rounds if names else -1):
             shift = number % len(names)
             for name in names[shift:] + names[:shift]:
                 self.await_turn()
