@@ -69,7 +69,7 @@ def test_what_differs_is_refused_on_all_ranks_by_name_and_rank(answers: Answers,
         refused(answer[case], *words)
 
 
-@pytest.mark.parametrize("case", ["equal", "two meshes, equal", "own names"])
+@pytest.mark.parametrize("case", ["equal", "views, equal", "two meshes, equal", "own names"])
 def test_what_is_equal_is_saved(answers: Answers, case: str) -> None:
     for answer in answers["differ"]:
         assert answer[case]["error"] is None, answer[case]
@@ -229,6 +229,7 @@ def case_differ(folder: Path, rank: int) -> Any:
         "values": {"rate": 0.5 if rank == 0 else 0.25, "same": [1, "x"]},
         "values and kinds": {"step": 1.0 if rank == 3 else 1},
         "equal": {"w": base, "nan": quiet.clone(), "columns": base.view(200, 200).t(), "step": 1, "none": None},
+        "views, equal": {name: torch.full((n,), 1 + 2j).conj() for name, n in (("a", 3), ("b", 3), ("c", 9000))},
         "two meshes, equal": {"layers": [{"w": stage(3.0)}]},
         "own names": {f"of rank {rank}": torch.tensor(rank), f"value {rank}": rank},
     }  # fmt: skip

@@ -157,11 +157,16 @@ def _bytes(parts: Sequence[Tensor]) -> Iterator[memoryview]:
     together = len(parts) > 1 and parts[0].nbytes <= _BATCHED_BYTES
     if not together or len({part.device for part in parts}) > 1 or not all(type(part) is Tensor for part in parts):
         for part in parts:
-            yield bytes_of(part.detach().cpu().contiguous())
+            yield bytes_of(_resolved(part.detach().cpu()).contiguous())
         return
     count = max(1, _BATCH_BYTES // max(1, parts[0].nbytes))
     for start in range(0, len(parts), count):
-        yield bytes_of(torch.stack(tuple(parts[start : start + count])).cpu())
+        yield bytes_of(_resolved(torch.stack(tuple(parts[start : start + count])).cpu()))
+
+
+def _resolved(part: Tensor) -> Tensor:
+    """Its numbers as they are, where it is a view that torch conjugates or negates on reading."""
+    return part.resolve_conj().resolve_neg() if part.is_conj() or part.is_neg() else part
 
 
 def refusal(directory: Path, different: Mapping[Key, Sequence[int]]) -> CheckpointError:
