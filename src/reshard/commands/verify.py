@@ -8,8 +8,6 @@ from pathlib import Path
 from reshard.checkpoint.layout import is_foreign, step_of
 from reshard.checkpoint.manifest import MANIFEST
 from reshard.checkpoint.verify import Advance, Finding, Level, Verdict, verify_checkpoint, verify_foreign
-from reshard.commands.verify_folder import verify_folder, verify_parts
-from reshard.commands.verify_weights import kind_of, unfinished
 
 
 def run(path: Path, level: Level = "bytes", advance: Advance = lambda n: None) -> list[Verdict]:
@@ -36,6 +34,11 @@ def _run(path: Path, level: Level, advance: Advance) -> list[Verdict]:
         )
         if steps:
             return [verdict for step in steps for verdict in run(step, level, advance)]
+    # Only here, where too little memory to import them is an answer, too: checkpoints do not need them.
+    from reshard.commands.verify_folder import verify_folder, verify_parts
+    from reshard.commands.verify_weights import kind_of, unfinished
+
+    if path.is_dir():
         return verify_folder(path, level, advance) or [verify_checkpoint(path, level, advance)]
     if kind_of(path) is not None:
         return verify_parts(path, level, advance)
